@@ -1,0 +1,61 @@
+"""Array payloads in TensorBoard event files: shape, meaning and version of each.
+
+``quadrature``, ``(probes, nodes, 2)``, float32: Ritz value and weight of each node. A probe's
+weights sum to 1; weight 0 pads. The raw rule, a kilobyte or two a step, leaves bandwidth, axis and
+kind of picture to whoever looks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
+from tensorboard.util.tensor_util import make_ndarray, make_tensor_proto
+
+__all__ = ["PLUGIN_NAME", "VERSION", "array_summary", "decode_array", "quadrature_array"]
+
+PLUGIN_NAME = "optkit"
+"""Name of the TensorBoard plugin that the payloads belong to."""
+
+VERSION = b"1"
+"""Version of the payloads, stored as the plugin's content."""
+
+
+def quadrature_array(
+    nodes: np.ndarray[Any, Any], weights: np.ndarray[Any, Any]
+) -> np.ndarray[Any, Any]:
+    """Return the ``quadrature`` payload of Ritz values (NaN where padded) and their weights.
+
+    Args:
+        nodes: shape ``(probes, nodes)``.
+        weights: same shape.
+
+    Example:
+        >>> quadrature_array(np.array([[1.0, np.nan]]), np.array([[1.0, 0.0]])).tolist()
+        [[[1.0, 1.0], [0.0, 0.0]]]
+    """
+    return np.stack([np.nan_to_num(nodes), weights], axis=-1).astype(np.float32)
+
+
+def array_summary(tag: str, array: np.ndarray[Any, Any]) -> Any:
+    """Return the array as a TensorBoard summary that names this plugin.
+
+    Without the data class TensorBoard shows the tab and nothing in it.
+    """
+    metadata = SummaryMetadata(
+        plugin_data=SummaryMetadata.PluginData(plugin_name=PLUGIN_NAME, content=VERSION),
+        data_class=DATA_CLASS_TENSOR,
+    )
+    value = Summary.Value(tag=tag, metadata=metadata, tensor=make_tensor_proto(array))
+    return Summary(value=[value])
+
+
+def decode_array(summary: Any) -> np.ndarray[Any, Any]:
+    """Return the array of a summary made by :func:`array_summary`.
+
+    Example:
+        >>> decode_array(array_summary("a/b", np.ones((1, 2, 2), np.float32))).shape
+        (1, 2, 2)
+    """
+    return np.asarray(make_ndarray(summary.value[0].tensor))

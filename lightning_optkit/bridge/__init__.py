@@ -1,0 +1,1 @@
+"""The only shared knowledge of Lightning: loss, batches, cadence, ranks and loggers."""

@@ -1,0 +1,360 @@
+"""Any LightningModule's training loss as a pure function of its parameters."""
+
+from __future__ import annotations
+
+import fnmatch
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_optkit.bridge.snapshot import Snapshot
+
+__all__ = ["Probe", "ProbeError", "StepLossFn", "is_probing", "select_parameters"]
+
+StepLossFn = Callable[[pl.LightningModule, Any], Tensor]
+
+_PROBING: ContextVar[bool] = ContextVar("lightning_optkit_probing", default=False)
+
+
+def is_probing() -> bool:
+    """Return whether ``training_step`` is being run by an observer rather than by the Trainer.
+
+    An observer's extra calls leave no trace in anything that hangs on the module, the Trainer's
+    loggers or the global random generators. What cannot be undone from outside, guard with this:
+
+    * random generators, counters and files that the module does not own;
+    * calls of an experiment tracker's global functions, such as ``wandb.log``;
+    * attributes of classes with ``__slots__``, and datasets reached from the step.
+
+    Example:
+        >>> is_probing()
+        False
+    """
+    return _PROBING.get()
+
+
+class ProbeError(RuntimeError):
+    """The training loss could not be read from ``training_step``; the message says what to do."""
+
+
+class Probe:
+    """Calls of ``training_step`` as pure functions, while this context is open.
+
+    Every call starts from the same state (module attributes, metrics, buffers, train or eval mode,
+    random generators) and leaves it as it found it. Logging, printing, optimizers and schedulers
+    are inert; a loss given to ``manual_backward`` is captured. The loss is that of one micro-batch,
+    not divided by ``accumulate_grad_batches``, in full precision whatever the Trainer's.
+
+    Args:
+        trainer: the Trainer, fitting.
+        pl_module: its module.
+        mode: ``"eval"`` switches dropout off and takes BatchNorm's running statistics;
+            ``"train"`` leaves every layer as it is, with one fixed dropout mask for each batch.
+        loss_fn: ``(pl_module, batch) -> loss`` in place of ``training_step``.
+        loss_index: which ``manual_backward`` of a step gives the loss, counted from 0.
+        seed: seeds the random layers of ``mode="train"``.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        *,
+        mode: Literal["eval", "train"] = "eval",
+        loss_fn: StepLossFn | None = None,
+        loss_index: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self._trainer = trainer
+        self._module = pl_module
+        self._mode = mode
+        self._step = _Step(pl_module, loss_fn)
+        self._loss_index = loss_index
+        self._seed = seed
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Probe:
+        """Open the probe: remember everything that a step may change."""
+        with ExitStack() as stack:
+            stack.enter_context(isolate_rng())
+            stack.enter_context(_flag_set())
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(_eager())
+            stack.enter_context(_default_dtype(_measuring_dtype(self._module)))
+            stack.enter_context(_without_loggers(self._trainer))
+            self._snapshot = Snapshot(self._module)
+            stack.callback(self._snapshot.restore)
+            self._parameters = {
+                name: _in_full_precision(p.detach().clone())
+                for name, p in self._module.named_parameters()
+            }
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Put everything back."""
+        self._stack.close()
+
+    def parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return copies of the named parameters, to differentiate by; float32 or float64."""
+        return {name: self._parameters[name] for name in names}
+
+    def loss_fn(self, batch: Any, batch_idx: int = 0) -> Callable[[dict[str, Tensor]], Tensor]:
+        """Return the loss on ``batch`` as a function of ``{name: parameter}``.
+
+        Parameters that are left out keep their values.
+        """
+
+        def loss(parameters: dict[str, Tensor]) -> Tensor:
+            return self._call(parameters, batch, batch_idx)
+
+        return loss
+
+    def _call(self, parameters: Mapping[str, Tensor], batch: Any, batch_idx: int) -> Tensor:
+        seed_global_generators(self._seed + batch_idx)
+        substitutes = {name: p.detach() for name, p in self._parameters.items()}
+        substitutes |= {
+            name: _in_full_precision(buffer.detach().clone())
+            for name, buffer in self._module.named_buffers()
+        }
+        substitutes |= parameters
+        own_batch = apply_to_collection(batch, Tensor, lambda t: _in_full_precision(t.clone()))
+        captured = _CapturedLosses(self._loss_index)
+        try:
+            if self._mode == "eval":
+                self._module.eval()
+            _mute(self._module, captured)
+            prefixed = {f"module.{name}": tensor for name, tensor in substitutes.items()}
+            output = functional_call(self._step, prefixed, (own_batch, batch_idx))
+        except _LossFoundError:
+            output = None
+        finally:
+            self._snapshot.restore()
+        return _loss_of(output, captured, self._module)
+
+
+def select_parameters(
+    pl_module: nn.Module, patterns: Sequence[str] | None = None
+) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters whose names match one of the glob ``patterns``.
+
+    Raises:
+        ValueError: if nothing is trainable, or nothing matches.
+
+    Example:
+        >>> list(select_parameters(nn.Linear(2, 1), ["b*"]))
+        ['bias']
+    """
+    trainable = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError(
+            f"{type(pl_module).__name__} must have a trainable parameter, got none with "
+            "`requires_grad=True`."
+        )
+    if patterns is None:
+        return trainable
+    chosen = {
+        name: p
+        for name, p in trainable.items()
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    }
+    if not chosen:
+        names = ", ".join(list(trainable)[:8])
+        raise ValueError(
+            f"`parameters` must match the name of a trainable parameter, got {list(patterns)!r}. "
+            f"The names begin with: {names}."
+        )
+    return chosen
+
+
+class _Step(nn.Module):
+    """``training_step`` (or the user's loss) as a forward pass, for ``functional_call``."""
+
+    def __init__(self, module: pl.LightningModule, loss_fn: StepLossFn | None) -> None:
+        super().__init__()
+        self.module = module
+        self.training = module.training
+        self._loss_fn = loss_fn
+
+    def forward(self, batch: Any, batch_idx: int) -> Any:
+        if self._loss_fn is not None:
+            return self._loss_fn(self.module, batch)
+        step = self.module.training_step
+        if is_param_in_hook_signature(step, "batch_idx", min_args=2):
+            return step(batch, batch_idx)
+        return step(batch)
+
+
+class _LossFoundError(BaseException):
+    """Ends a manual step once its loss is known; no ``except Exception`` in the step holds it."""
+
+
+class _CapturedLosses:
+    """Stands for ``manual_backward``."""
+
+    def __init__(self, wanted: int) -> None:
+        self._wanted = wanted
+        self.losses: list[Tensor] = []
+
+    def __call__(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        self.losses.append(loss)
+        if len(self.losses) == self._wanted + 1:
+            raise _LossFoundError
+
+    @property
+    def chosen(self) -> Tensor:
+        if len(self.losses) > self._wanted:
+            return self.losses[self._wanted]
+        if not self.losses:
+            raise ProbeError(
+                "`training_step` of a module with manual optimization must hand its loss to "
+                "`self.manual_backward`, and did not. Call it in place of `loss.backward()`, or "
+                "pass `loss_fn=(pl_module, batch) -> loss`."
+            )
+        raise ProbeError(
+            f"`loss_index` must be below {len(self.losses)}, the number of `manual_backward` calls "
+            f"in this `training_step`, got {self._wanted}."
+        )
+
+
+class _InertOptimizer:
+    """An optimizer that can be read but does nothing."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        return closure() if closure is not None else None
+
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def toggle_model(self, *args: Any, **kwargs: Any) -> nullcontext[None]:
+        return nullcontext()
+
+
+class _InertScheduler(_InertOptimizer):
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def _mute(module: pl.LightningModule, captured: _CapturedLosses) -> None:
+    """Shadow, on the instances, all methods that reach outside the module.
+
+    The shadows live in ``__dict__`` and vanish when the snapshot is restored.
+    """
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        pass
+
+    for child in module.modules():
+        child.__dict__["_backward_hooks"] = type(child._backward_hooks)()
+        child.__dict__["_backward_pre_hooks"] = type(child._backward_pre_hooks)()
+        if isinstance(child, pl.LightningModule):
+            for name in ("log", "log_dict", "print", "toggle_optimizer", "untoggle_optimizer"):
+                child.__dict__[name] = nothing
+            child.__dict__["clip_gradients"] = nothing
+            child.__dict__["manual_backward"] = captured
+            child.__dict__["optimizers"] = _inert(child.optimizers, _InertOptimizer)
+            child.__dict__["lr_schedulers"] = _inert(child.lr_schedulers, _InertScheduler)
+
+
+def _inert(method: Callable[..., Any], stub: type[_InertOptimizer]) -> Callable[..., Any]:
+    def inert(*args: Any, **kwargs: Any) -> Any:
+        found = method(*args, **kwargs)
+        if isinstance(found, list):
+            return [stub(each) for each in found]
+        return None if found is None else stub(found)
+
+    return inert
+
+
+def _loss_of(output: Any, captured: _CapturedLosses, module: pl.LightningModule) -> Tensor:
+    if captured.losses or not (module.automatic_optimization or isinstance(output, Tensor)):
+        return captured.chosen
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor):
+        raise ProbeError(
+            "`training_step` must return the loss, a tensor or a dict with the key 'loss', got "
+            f"{type(output).__name__}. A step that skips batches or keeps its loss elsewhere needs "
+            "`loss_fn=(pl_module, batch) -> loss`."
+        )
+    if loss.numel() != 1:
+        raise ProbeError(
+            f"`training_step` must return a scalar loss, got the shape {tuple(loss.shape)}. Reduce "
+            "it with `.mean()`, or pass `loss_fn=(pl_module, batch) -> loss`."
+        )
+    if not loss.requires_grad:
+        raise ProbeError(
+            "`training_step` must return a loss that depends on the parameters, got one without a "
+            "gradient. Was it detached, turned into a number, or computed under `torch.no_grad()`? "
+            "If so, pass `loss_fn=(pl_module, batch) -> loss`."
+        )
+    return loss.reshape(())
+
+
+def seed_global_generators(seed: int) -> None:
+    """Seed torch, NumPy and Python; only within an open probe, which isolates them."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - user code may draw from it
+    random.seed(seed)
+
+
+def _in_full_precision(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _measuring_dtype(module: nn.Module) -> torch.dtype:
+    dtypes = {p.dtype for p in module.parameters()}
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+@contextmanager
+def _flag_set() -> Iterator[None]:
+    token = _PROBING.set(True)
+    try:
+        yield
+    finally:
+        _PROBING.reset(token)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _eager() -> Any:
+    """Return a context in which compiled modules run uncompiled: theirs is one derivative only."""
+    set_stance = getattr(torch.compiler, "set_stance", None)  # torch >= 2.6
+    return set_stance("force_eager") if set_stance is not None else nullcontext()
+
+
+@contextmanager
+def _without_loggers(trainer: pl.Trainer) -> Iterator[None]:
+    loggers, should_stop = trainer.loggers, trainer.should_stop
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers, trainer.should_stop = loggers, should_stop

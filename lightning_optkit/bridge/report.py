@@ -1,0 +1,88 @@
+"""Scalars, figures and arrays to every logger of a Trainer, and to its ``callback_metrics``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_optkit.board.schema import array_summary
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+
+__all__ = ["report"]
+
+
+def report(
+    trainer: pl.Trainer,
+    *,
+    step: int,
+    scalars: Mapping[str, float] | None = None,
+    arrays: Mapping[str, np.ndarray[Any, Any]] | None = None,
+    figures: Mapping[str, Figure] | None = None,
+) -> None:
+    """Report one measurement. Every rank calls it; rank zero writes.
+
+    Scalars go to all loggers and, on all ranks, to ``trainer.callback_metrics``, where
+    ``ModelCheckpoint(monitor=...)`` and ``EarlyStopping`` find them. Arrays go to TensorBoard.
+    Figures go to TensorBoard, to Weights & Biases and similar loggers, and as PNG files into the
+    folder of a ``CSVLogger``. A logger that cannot take something does without.
+
+    Args:
+        trainer: the Trainer.
+        step: where on the Trainer's own step axis.
+        scalars: values by tag.
+        arrays: arrays by tag, as :mod:`lightning_optkit.board.schema` describes them.
+        figures: figures by tag.
+    """
+    scalars = scalars or {}
+    trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in scalars.items()})
+    _write(trainer.loggers, step, scalars, arrays or {}, figures or {})
+
+
+@rank_zero_only
+def _write(
+    loggers: list[Logger],
+    step: int,
+    scalars: Mapping[str, float],
+    arrays: Mapping[str, np.ndarray[Any, Any]],
+    figures: Mapping[str, Figure],
+) -> None:
+    for logger in loggers:
+        if scalars:
+            logger.log_metrics(dict(scalars), step=step)
+        for tag, array in arrays.items():
+            _write_array(logger, tag, array, step)
+        for tag, figure in figures.items():
+            _write_figure(logger, tag, figure, step)
+        logger.save()
+
+
+def _experiment(logger: Logger) -> Any:
+    return getattr(logger, "experiment", None)
+
+
+def _write_array(logger: Logger, tag: str, array: np.ndarray[Any, Any], step: int) -> None:
+    """Add the array through the logger's own writer: a second event file could be missed."""
+    writer = getattr(_experiment(logger), "file_writer", None)
+    if writer is not None and hasattr(writer, "add_summary"):
+        writer.add_summary(array_summary(tag, array), step)
+
+
+def _write_figure(logger: Logger, tag: str, figure: Figure, step: int) -> None:
+    experiment = _experiment(logger)
+    if hasattr(experiment, "add_figure"):  # TensorBoard
+        experiment.add_figure(tag, figure, global_step=step)
+    elif hasattr(logger, "log_image"):  # Weights & Biases
+        logger.log_image(key=tag, images=[figure], step=step)
+    elif isinstance(logger, CSVLogger):
+        path = Path(logger.log_dir) / f"{tag.replace('/', '-')}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)

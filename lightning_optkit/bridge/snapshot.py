@@ -1,0 +1,188 @@
+"""State of a module and of all that hangs on it, remembered and put back in place."""
+
+from __future__ import annotations
+
+import functools
+import random
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+
+__all__ = ["Snapshot"]
+
+Restore = Callable[[], None]
+
+# Objects of these packages hold the whole training run; what a training step changes in them is
+# muted by the probe instead. Modules, samplers and generators are the exceptions.
+_FOREIGN = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "builtins", "threading")
+
+
+class Snapshot:
+    """Attributes, containers, tensors and random generators reachable from some objects.
+
+    Followed: attributes of modules (torchmetrics and their states among them), samplers and
+    objects of user classes; dicts, lists, tuples, sets and deques; tensors that are no parameters,
+    NumPy arrays; ``torch``, NumPy and Python random generators. Not followed: datasets, classes
+    with ``__slots__``, open files and whatever lies outside the objects.
+
+    Args:
+        roots: where to start.
+    """
+
+    def __init__(self, *roots: object) -> None:
+        self._restores: list[Restore] = []
+        self._keep: list[object] = []  # an id is only unique while its object is alive
+        seen: set[int] = set()
+        waiting: list[object] = list(roots)
+        while waiting:
+            item = waiting.pop()
+            if id(item) in seen:
+                continue
+            seen.add(id(item))
+            self._keep.append(item)
+            waiting.extend(self._remember(item))
+
+    def restore(self) -> None:
+        """Put everything back, each object in place and only where it changed."""
+        for restore in self._restores:
+            restore()
+
+    @classmethod
+    @contextmanager
+    def undone(cls, *roots: object) -> Iterator[None]:
+        """Undo, on leaving, what happens to the objects meanwhile."""
+        snapshot = cls(*roots)
+        try:
+            yield
+        finally:
+            snapshot.restore()
+
+    def _remember(self, item: object) -> Iterable[object]:
+        """Store how to restore ``item``; return what to look at next."""
+        for kind, remember in _REMEMBER.items():
+            if isinstance(item, kind):
+                restore, inside = remember(item)
+                self._restores.append(restore)
+                return inside
+        if isinstance(item, tuple):
+            return item
+        if _is_plain_object(item):
+            restore, inside = _dict(vars(item))
+            self._restores.append(restore)
+            return inside
+        return ()
+
+
+def _is_plain_object(item: object) -> bool:
+    if isinstance(item, (nn.Module, Sampler)):
+        return True
+    if isinstance(item, (type, types.ModuleType, torch.utils.data.Dataset)):
+        return False
+    return hasattr(item, "__dict__") and type(item).__module__.split(".")[0] not in _FOREIGN
+
+
+def _nothing() -> None:
+    """Restore what is never changed in place."""
+
+
+def _dict(item: dict[Any, Any]) -> tuple[Restore, Iterable[object]]:
+    saved = dict(item)
+
+    def restore() -> None:
+        same = len(item) == len(saved) and all(
+            k0 is k1 and v0 is v1
+            for (k0, v0), (k1, v1) in zip(item.items(), saved.items(), strict=True)
+        )
+        if not same:
+            item.clear()
+            item.update(saved)
+
+    return restore, saved.values()
+
+
+def _sequence(item: list[Any] | deque[Any]) -> tuple[Restore, Iterable[object]]:
+    saved = list(item)
+
+    def restore() -> None:
+        if len(item) != len(saved) or any(a is not b for a, b in zip(item, saved, strict=True)):
+            item.clear()
+            item.extend(saved)
+
+    return restore, saved
+
+
+def _set(item: set[Any]) -> tuple[Restore, Iterable[object]]:
+    saved = set(item)
+
+    def restore() -> None:
+        if item != saved:
+            item.clear()
+            item.update(saved)
+
+    return restore, ()
+
+
+def _tensor(item: Tensor) -> tuple[Restore, Iterable[object]]:
+    if isinstance(item, nn.Parameter) or item.layout != torch.strided or item.is_meta:
+        return _nothing, ()  # the probe substitutes parameters
+    saved = item.detach().clone()
+
+    @torch.no_grad()
+    def restore() -> None:
+        if not torch.equal(item, saved):
+            item.copy_(saved)
+
+    return restore, ()
+
+
+def _array(item: np.ndarray[Any, Any]) -> tuple[Restore, Iterable[object]]:
+    saved = item.copy()
+
+    def restore() -> None:
+        if item.flags.writeable:
+            item[...] = saved
+
+    return restore, ()
+
+
+def _torch_generator(item: torch.Generator) -> tuple[Restore, Iterable[object]]:
+    saved = item.get_state()
+
+    def restore() -> None:
+        item.set_state(saved)
+
+    return restore, ()
+
+
+def _python_generator(item: random.Random) -> tuple[Restore, Iterable[object]]:
+    return functools.partial(item.setstate, item.getstate()), ()
+
+
+def _numpy_generator(item: np.random.Generator) -> tuple[Restore, Iterable[object]]:
+    saved = item.bit_generator.state
+    return functools.partial(setattr, item.bit_generator, "state", saved), ()
+
+
+def _numpy_random_state(item: np.random.RandomState) -> tuple[Restore, Iterable[object]]:
+    return functools.partial(item.set_state, item.get_state()), ()
+
+
+_REMEMBER: dict[type, Callable[[Any], tuple[Restore, Iterable[object]]]] = {
+    dict: _dict,
+    list: _sequence,
+    deque: _sequence,
+    set: _set,
+    Tensor: _tensor,
+    np.ndarray: _array,
+    torch.Generator: _torch_generator,
+    random.Random: _python_generator,
+    np.random.Generator: _numpy_generator,
+    np.random.RandomState: _numpy_random_state,
+}

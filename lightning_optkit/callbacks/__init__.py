@@ -1,0 +1,1 @@
+"""When to measure and when to act; never how."""

@@ -1,0 +1,20 @@
+"""What can go wrong while measuring curvature."""
+
+from __future__ import annotations
+
+__all__ = ["CurvatureError"]
+
+
+class CurvatureError(RuntimeError):
+    """A curvature measurement could not be made, or could not be trusted.
+
+    The message names the cause and the way out. Nothing was changed when it is raised.
+    """
+
+    @classmethod
+    def not_finite(cls) -> CurvatureError:
+        """Return the error for products that are NaN or infinite."""
+        return cls(
+            "Hessian products are NaN or infinite. Is the loss itself finite? Lower the learning "
+            "rate, clip gradients, or look for a log or a square root at zero."
+        )

@@ -1,0 +1,133 @@
+"""The gradient of one batch as a graph that is built once and multiplied many times."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lightning_optkit.measures.errors import CurvatureError
+from lightning_optkit.measures.twice_differentiable import twice_differentiable
+
+__all__ = ["GradientGraph", "LossFn"]
+
+LossFn = Callable[[dict[str, Tensor]], Tensor]
+
+# Number of parameters up to which one batched product beats a loop over its vectors: launch and
+# interpreter time dominate there; beyond it arithmetic does, and batching only costs memory.
+_BATCHED_BELOW = 20_000
+
+
+class GradientGraph:
+    """One batch's loss and gradient, with the graph of the gradient kept for products."""
+
+    def __init__(
+        self, loss_fn: LossFn, leaves: dict[str, Tensor], *, create_graph: bool = True
+    ) -> None:
+        self._leaves = leaves
+        with twice_differentiable():
+            loss = loss_fn(dict(leaves))
+        _check_loss(loss)
+        try:
+            self._gradients = torch.autograd.grad(
+                loss,
+                tuple(leaves.values()),
+                create_graph=create_graph,
+                allow_unused=True,  # a parameter may have no part in this loss
+                materialize_grads=True,
+            )
+        except RuntimeError as error:
+            raise _explained(error) from error
+        self.loss = loss.detach()
+
+    @property
+    def gradient(self) -> Tensor:
+        """The gradient, shape ``(n,)``, without its graph."""
+        return flat(self._gradients, self._leaves).detach()
+
+    @property
+    def gradient_tangent(self) -> Tensor:
+        """The gradient's directional derivative, where the leaves are dual tensors."""
+        duals = [forward_ad.unpack_dual(g) for g in self._gradients]
+        tangents = [torch.zeros_like(d.primal) if d.tangent is None else d.tangent for d in duals]
+        return flat(tangents, self._leaves).detach()
+
+    def products(self, rows: Tensor) -> Tensor:
+        """Return ``H v`` for each row ``v`` of ``rows``, shape ``(k, n)``."""
+        if len(rows) > 1 and rows.shape[1] <= _BATCHED_BELOW:
+            with contextlib.suppress(RuntimeError):  # an operator without a batching rule
+                return self._products_batched(rows)
+        products = (self._product(split(v, self._leaves)) for v in rows)
+        return torch.stack([flat(p, self._leaves) for p in products])
+
+    def _products_batched(self, rows: Tensor) -> Tensor:
+        pieces = [
+            piece.reshape(len(rows), *leaf.shape).to(leaf)
+            for piece, leaf in zip(
+                rows.split([leaf.numel() for leaf in self._leaves.values()], dim=1),
+                self._leaves.values(),
+                strict=True,
+            )
+        ]
+        products = self._product(pieces, batched=True)
+        return torch.cat([p.reshape(len(rows), -1).to(rows) for p in products], dim=1)
+
+    def _product(self, pieces: Sequence[Tensor], *, batched: bool = False) -> tuple[Tensor, ...]:
+        curved = [i for i, g in enumerate(self._gradients) if g.requires_grad]
+        leaves = tuple(self._leaves.values())
+        if not curved:  # the gradient does not depend on the parameters: a linear loss
+            lead = pieces[0].shape[:1] if batched else ()
+            return tuple(leaf.new_zeros(lead + leaf.shape) for leaf in leaves)
+        try:
+            return torch.autograd.grad(
+                [self._gradients[i] for i in curved],
+                leaves,
+                [pieces[i] for i in curved],
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+                is_grads_batched=batched,
+            )
+        except RuntimeError as error:
+            raise _explained(error) from error
+
+
+def _check_loss(loss: Tensor) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise CurvatureError(
+            f"`loss_fn` must return a scalar tensor, got {got}. Average over the batch first."
+        )
+    if not loss.requires_grad:
+        raise CurvatureError(
+            "The loss does not depend on the parameters it was given. It must be computed from "
+            "the dictionary passed to `loss_fn`, without `.detach()` or `torch.no_grad()`."
+        )
+
+
+def _explained(error: RuntimeError) -> Exception:
+    """Return the error of a missing second derivative with the way out; any other as it is."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return error
+    if "is not implemented" in text or "once_differentiable" in text or "double backward" in text:
+        return CurvatureError(
+            f"A layer has no second derivative ({text.splitlines()[0]}). For attention use "
+            "`torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`, for embeddings `sparse=False`, for "
+            "checkpointing `use_reentrant=False`, and the plain module for a compiled one."
+        )
+    return error
+
+
+def split(vector: Tensor, params: Mapping[str, Tensor]) -> list[Tensor]:
+    pieces = vector.split([p.numel() for p in params.values()])
+    return [piece.view(p.shape).to(p) for piece, p in zip(pieces, params.values(), strict=True)]
+
+
+def flat(tensors: Sequence[Tensor], params: Mapping[str, Tensor]) -> Tensor:
+    first = next(iter(params.values()))
+    wide = torch.float64 if any(p.dtype == torch.float64 for p in params.values()) else first.dtype
+    return torch.cat([t.reshape(-1).to(first.device, wide) for t in tensors])

@@ -1,0 +1,190 @@
+"""Lanczos tridiagonalisation of a symmetric operator, several start vectors in step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_optkit.measures.errors import CurvatureError
+
+__all__ = ["SymmetricOperator", "Tridiagonal", "lanczos", "rounding_noise"]
+
+
+class SymmetricOperator(Protocol):
+    """What :func:`lanczos` needs: products, and where and how big the vectors are."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n, n)``."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the vectors."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the vectors."""
+
+    def __matmul__(self, vectors: Tensor) -> Tensor:
+        """Return the products for ``vectors`` of shape ``(n, k)``."""
+
+
+@dataclass(frozen=True)
+class Tridiagonal:
+    r"""What Lanczos found: :math:`A Q^\top = Q^\top T + \beta_m q_{m+1} e_m^\top` for each lane.
+
+    Attributes:
+        diagonal: :math:`\alpha_1 \dots \alpha_m`, shape ``(lanes, m)``, float64, CPU.
+        off_diagonal: :math:`\beta_1 \dots \beta_m`, same shape; the last couples to the part of the
+            space that was not reached, and is the residual.
+        num_steps: number of valid entries in each lane, shape ``(lanes,)``: fewer than ``m`` where
+            the lane closed an invariant subspace, and is exact.
+        start_norms: Euclidean norms of the start vectors, shape ``(lanes,)``, float64, CPU.
+        size: ``n``, the dimension of the operator.
+        dtype: dtype of the products.
+        basis: orthonormal rows ``Q``, shape ``(lanes, m, n)``, on the operator's device, if kept.
+    """
+
+    diagonal: Tensor
+    off_diagonal: Tensor
+    num_steps: Tensor
+    start_norms: Tensor
+    size: int
+    dtype: torch.dtype
+    basis: Tensor | None = None
+
+    @property
+    def num_matvecs(self) -> int:
+        """Products that were made: every lane runs all steps."""
+        return self.diagonal.numel()
+
+    def lanes(self) -> list[tuple[Tensor, Tensor]]:
+        """Return each lane's valid diagonal and off-diagonal, both of shape ``(steps,)``."""
+        counts = [int(count) for count in self.num_steps]
+        return [
+            (a[:m], b[:m]) for a, b, m in zip(self.diagonal, self.off_diagonal, counts, strict=True)
+        ]
+
+
+def rounding_noise(dtype: torch.dtype) -> float:
+    r"""Return the error of one computed eigenvalue relative to :math:`\max|\lambda|`.
+
+    Measured against float64: products in float32 carry 7e-7 of :math:`\lambda_{max}`, six units in
+    the last place; 32 units leave room for deep nets and for the recurrence on top.
+    """
+    return 32 * torch.finfo(dtype).eps
+
+
+def lanczos(
+    operator: SymmetricOperator,
+    num_matvecs: int,
+    *,
+    num_lanes: int = 1,
+    start: Tensor | None = None,
+    keep_basis: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tridiagonal:
+    r"""Return the tridiagonal matrices of ``num_lanes`` Lanczos runs of ``num_matvecs`` steps.
+
+    Start vectors are Gaussian, so no eigenvector is special (a Rademacher start can be an exact
+    eigenvector of a small Hessian). Every new vector is orthogonalised twice against all before
+    it; without that the largest eigenvalue was found 24 times over in 200 float32 steps. Dot
+    products are summed in float64. The loop never waits for the device: a lane that has closed an
+    invariant subspace goes on with zeros, and is cut afterwards.
+
+    Args:
+        operator: a symmetric operator of size ``n``.
+        num_matvecs: steps of each lane, ``m``; at least 1; no more than ``n`` are made.
+        num_lanes: independent runs, at least 1.
+        start: start vectors, shape ``(lanes, n)``, in place of random ones.
+        keep_basis: keep the Lanczos vectors, ``lanes * m * n`` numbers.
+        generator: source of the start vectors, on the CPU; ``None`` is a fixed seed.
+
+    Raises:
+        ValueError: if a count is under 1 or ``start`` has the wrong shape.
+        CurvatureError: if a product is NaN or infinite.
+
+    Example:
+        >>> import torch
+        >>> found = lanczos(torch.diag(torch.tensor([1.0, 2.0, 2.0, 5.0])), 4)
+        >>> int(found.num_steps)  # three distinct eigenvalues
+        3
+
+    References:
+        C. C. Paige, "The computation of eigenvalues and eigenvectors of very large sparse
+        matrices", 1971. G. H. Golub, G. Meurant, "Matrices, Moments and Quadrature with
+        Applications", 2010, chapter 4.
+    """
+    for name, count in (("num_matvecs", num_matvecs), ("num_lanes", num_lanes)):
+        if count < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {count}.")
+    size = operator.shape[0]
+    q, norms = _start_vectors(operator, num_lanes, start, generator)
+    lanes, steps = len(q), min(num_matvecs, size)
+    scalar = torch.float64 if q.device.type != "mps" else torch.float32  # MPS has no float64
+    diagonal = torch.zeros(lanes, steps, dtype=scalar, device=q.device)
+    off_diagonal = torch.zeros_like(diagonal)
+    basis = q.new_zeros(lanes, steps, size)
+    alive = torch.ones(lanes, dtype=torch.bool, device=q.device)
+    scale = torch.zeros(lanes, dtype=scalar, device=q.device)
+    closed = rounding_noise(q.dtype) / 4  # below this share of |A| a residual is rounding
+
+    for j in range(steps):
+        basis[:, j] = q
+        r = (operator @ q.T).T
+        alpha = (q * r).sum(-1, dtype=scalar)
+        for _ in range(2):
+            r = r - _projection(basis[:, : j + 1], r)
+        beta = torch.linalg.vector_norm(r, dim=-1, dtype=scalar)
+        scale = torch.maximum(scale, alpha.abs() + beta)
+        diagonal[:, j] = torch.where(alive, alpha, 0.0)
+        alive = alive & ~(beta <= closed * scale)  # NaN stays alive and is found below
+        off_diagonal[:, j] = torch.where(alive, beta, 0.0)
+        q = torch.where(alive[:, None], r / beta.clamp_min(1e-300).to(r)[:, None], 0.0)
+
+    return _collect(diagonal, off_diagonal, norms, size, q.dtype, basis if keep_basis else None)
+
+
+def _start_vectors(
+    operator: SymmetricOperator,
+    num_lanes: int,
+    start: Tensor | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    size = operator.shape[0]
+    if start is None:
+        generator = generator or torch.Generator().manual_seed(0)
+        start = torch.randn(num_lanes, size, generator=generator, dtype=torch.float64)
+    if start.ndim != 2 or start.shape[1] != size or not bool((start.norm(dim=1) > 0).all()):
+        got = tuple(start.shape)
+        raise ValueError(f"`start` must hold non-zero rows of length {size}, got shape {got}.")
+    norms = start.double().norm(dim=1)
+    unit = start.double() / norms[:, None]
+    return unit.to(operator.device, operator.dtype), norms.cpu()
+
+
+def _projection(rows: Tensor, vectors: Tensor) -> Tensor:
+    """Return each lane's vector projected on the span of its orthonormal ``rows``."""
+    coefficients = torch.bmm(rows, vectors[:, :, None])
+    return torch.bmm(rows.transpose(1, 2), coefficients)[:, :, 0]
+
+
+def _collect(
+    diagonal: Tensor,
+    off_diagonal: Tensor,
+    start_norms: Tensor,
+    size: int,
+    dtype: torch.dtype,
+    basis: Tensor | None,
+) -> Tridiagonal:
+    """Copy the result to the host, the one time that it is waited for."""
+    both = torch.stack([diagonal, off_diagonal]).cpu().double()
+    if not bool(torch.isfinite(both).all()):
+        raise CurvatureError.not_finite()
+    steps = both.shape[2]
+    ended = both[1] == 0
+    first_end = torch.where(ended.any(1), ended.int().argmax(1) + 1, steps)
+    return Tridiagonal(both[0], both[1], first_end, start_norms, size, dtype, basis)

@@ -1,0 +1,44 @@
+"""Functions run in two gloo processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def run_in_two_processes(function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
+    """Return what ``function(*args)`` returns in each of two ranks of one process group.
+
+    The function must be importable from its module; its result must survive ``torch.save``.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        _worker, (function, folder, port, args), nprocs=2, start_method="spawn"
+    )
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def _worker(
+    rank: int, function: Callable[..., Any], folder: Path, port: int, args: tuple[Any, ...]
+) -> None:
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": str(rank),
+        "RANK": str(rank),
+        "NODE_RANK": "0",
+    }
+    torch.set_num_threads(1)
+    result = function(*args)
+    torch.save(result, folder / f"rank{rank}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
