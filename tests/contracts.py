@@ -113,7 +113,7 @@ def user_metrics(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def user_log(trainer: pl.Trainer) -> list[dict[str, str]]:
     """Return the CSV log without our own columns, and without the rows that only we wrote."""
     path = Path(trainer.loggers[0].log_dir) / "metrics.csv"
-    if not path.exists():
+    if not trainer.is_global_zero or not path.exists():
         return []
     with path.open() as file:
         rows = [

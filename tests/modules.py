@@ -102,7 +102,7 @@ class GAN(pl.LightningModule):
         self.manual_backward(critic_loss)
         second.step()
         second.zero_grad()
-        for scheduler in schedulers:
+        for scheduler in schedulers or []:
             scheduler.step()
         self.diary["calls"] += 1
 

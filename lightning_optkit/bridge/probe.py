@@ -143,7 +143,24 @@ class Probe:
             output = None
         finally:
             self._snapshot.restore()
-        return _loss_of(output, captured, self._module)
+            self._repair_parameters()
+        loss = _loss_of(output, captured, self._module)
+        if not loss.requires_grad and any(p.requires_grad for p in parameters.values()):
+            raise ProbeError(
+                "`training_step` must return a loss that depends on the parameters, got one "
+                "without a gradient. Was it detached, turned into a number, or computed under "
+                "`torch.no_grad()`? If so, pass `loss_fn=(pl_module, batch) -> loss`."
+            )
+        return loss
+
+    @torch.no_grad()
+    def _repair_parameters(self) -> None:
+        """Undo what a step wrote into our copies: a target network's average, a clipped weight."""
+        for name, parameter in self._module.named_parameters():
+            own = self._parameters[name]
+            original = _in_full_precision(parameter)
+            if not torch.equal(own, original):
+                own.data.copy_(original)  # behind autograd: the values are as the graph saw them
 
 
 def select_parameters(
@@ -299,12 +316,6 @@ def _loss_of(output: Any, captured: _CapturedLosses, module: pl.LightningModule)
         raise ProbeError(
             f"`training_step` must return a scalar loss, got the shape {tuple(loss.shape)}. Reduce "
             "it with `.mean()`, or pass `loss_fn=(pl_module, batch) -> loss`."
-        )
-    if not loss.requires_grad:
-        raise ProbeError(
-            "`training_step` must return a loss that depends on the parameters, got one without a "
-            "gradient. Was it detached, turned into a number, or computed under `torch.no_grad()`? "
-            "If so, pass `loss_fn=(pl_module, batch) -> loss`."
         )
     return loss.reshape(())
 

@@ -19,6 +19,7 @@ from lightning_optkit.measures import (
     CriticalPoint,
     HessianOperator,
     Spectrum,
+    WrongDerivativesError,
     critical_point,
     hessian_spectrum,
 )
@@ -155,11 +156,14 @@ class HessianSpectrum(Observer[HessianReport]):
         check_settings(**self._spectrum_of.keywords)
         self._top_k = top_k
         self._self_check = self_check
+        self._refusal: str | None = None
 
     def measure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, probe: Probe
     ) -> HessianReport:
         """Return the spectrum of the loss on the held batches."""
+        if self._refusal is not None:
+            raise WrongDerivativesError(self._refusal)
         operator = HessianOperator(
             [probe.loss_fn(held.batch, i) for i, held in enumerate(self.held_batches)],
             probe.parameters(self.parameter_names(pl_module)),
@@ -168,7 +172,11 @@ class HessianSpectrum(Observer[HessianReport]):
             self_check=self._self_check,
         )
         generator = torch.Generator().manual_seed(self._seed)
-        spectrum = self._spectrum_of(operator, generator=generator)
+        try:
+            spectrum = self._spectrum_of(operator, generator=generator)
+        except WrongDerivativesError as error:
+            self._refusal = str(error)  # the layers stay wrong, wherever the weights go
+            raise
         point = critical_point(operator, spectrum)
         self._self_check = False  # once a run: what it looks for lies in the layers
         return HessianReport(spectrum, point, float(operator.loss()), int(operator.total_weight))

@@ -1,7 +1,7 @@
 """What does the loss surface look like at these parameters? Pure functions of tensors."""
 
 from lightning_optkit.measures.critical_point import CriticalPoint, critical_point
-from lightning_optkit.measures.errors import CurvatureError
+from lightning_optkit.measures.errors import CurvatureError, WrongDerivativesError
 from lightning_optkit.measures.lanczos import Tridiagonal, lanczos
 from lightning_optkit.measures.operators import HessianOperator
 from lightning_optkit.measures.precision import full_precision
@@ -14,6 +14,7 @@ __all__ = [
     "Share",
     "Spectrum",
     "Tridiagonal",
+    "WrongDerivativesError",
     "critical_point",
     "full_precision",
     "hessian_spectrum",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CurvatureError"]
+__all__ = ["CurvatureError", "WrongDerivativesError"]
 
 
 class CurvatureError(RuntimeError):
@@ -18,3 +18,7 @@ class CurvatureError(RuntimeError):
             "Hessian products are NaN or infinite. Is the loss itself finite? Lower the learning "
             "rate, clip gradients, or look for a log or a square root at zero."
         )
+
+
+class WrongDerivativesError(CurvatureError):
+    """A layer computes second derivatives that are wrong, here and at any other parameters."""
