@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 from torchmetrics import Accuracy
 
 from lightning_optkit.callbacks.hessian_spectrum import HessianReport, HessianSpectrum
+from lightning_optkit.figures.spectrum import spectrum_figure
 
 __all__ = ["DigitsClassifier", "digits", "run_demo"]
 
@@ -124,8 +125,10 @@ def run_demo(folder: str | Path = "optkit_logs", *, epochs: int = 15, seed: int 
         console.print("[red]The Hessian could not be measured; the warning above says why.[/red]")
         return 1
     console.print(summary_table(trainer, last.report, last.overhead))
-    console.print(f"Logs and figures: {logger.log_dir}")
-    console.print(f"To see them: tensorboard --logdir {folder}", soft_wrap=True)
+    picture = Path(logger.log_dir) / "spectrum.png"
+    spectrum_figure(last.report.spectrum).savefig(picture, dpi=150)
+    console.print(f"Picture of the last spectrum: {picture}", soft_wrap=True)
+    console.print(f"Everything over time: tensorboard --logdir {folder}", soft_wrap=True)
     return 0
 
 

@@ -81,6 +81,8 @@ class HessianSpectrum(Observer[HessianReport]):
         loss_index: which ``manual_backward`` of a step gives the loss, counted from 0.
         confidence: probability with which each share lies within its bounds.
         self_check: compare the first product of a run with independent second derivatives.
+        graphs: ``"cached"`` keeps one gradient graph for each held batch; ``"lockstep"`` one at a
+            time, and all probes' vectors: less memory where graphs are larger than vectors.
         name: tells several instances of one Trainer apart, for example one for each part of a GAN.
 
     Logged keys:
@@ -124,6 +126,7 @@ class HessianSpectrum(Observer[HessianReport]):
         loss_index: int = 0,
         confidence: float = 0.99,
         self_check: bool = True,
+        graphs: Literal["cached", "lockstep"] = "cached",
         name: str | None = None,
     ) -> None:
         super().__init__(
@@ -155,6 +158,9 @@ class HessianSpectrum(Observer[HessianReport]):
         )
         check_settings(**self._spectrum_of.keywords)
         self._top_k = top_k
+        if graphs not in ("cached", "lockstep"):
+            raise ValueError(f"`graphs` must be 'cached' or 'lockstep', got {graphs!r}.")
+        self._graphs: Literal["cached", "lockstep"] = graphs
         self._self_check = self_check
         self._refusal: str | None = None
 
@@ -169,6 +175,7 @@ class HessianSpectrum(Observer[HessianReport]):
             probe.parameters(self.parameter_names(pl_module)),
             weights=[held.num_samples for held in self.held_batches],
             reduce=sum_over_ranks(trainer),
+            graphs=self._graphs,
             self_check=self._self_check,
         )
         generator = torch.Generator().manual_seed(self._seed)

@@ -65,11 +65,10 @@ def _draw_density(axes: Axes, spectrum: Spectrum, num_eigenvalues: int) -> None:
 
 
 def _symlog_grid(spectrum: Spectrum, linear: float) -> np.ndarray[Any, Any]:
-    """Return points equally spaced on a symmetric-log axis over the spectrum."""
-    low, high = spectrum.lambda_min, spectrum.lambda_max
-    margin = 0.05 * (high - low) + linear
-    first, last = np.arcsinh(np.array([low - margin, high + margin]) / linear)
-    return np.sinh(np.linspace(first, last, 1500)) * linear
+    """Return points equally spaced on a symmetric-log axis, a little beyond the spectrum."""
+    ends = np.arcsinh(np.array([spectrum.lambda_min, spectrum.lambda_max]) / linear)
+    margin = 0.04 * (ends[1] - ends[0]) + 1
+    return np.sinh(np.linspace(ends[0] - margin, ends[1] + margin, 1500)) * linear
 
 
 def _decades(spectrum: Spectrum, linear: float) -> list[float]:

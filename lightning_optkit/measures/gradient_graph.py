@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from lightning_optkit.measures.errors import CurvatureError
 from lightning_optkit.measures.twice_differentiable import twice_differentiable
 
-__all__ = ["GradientGraph", "LossFn"]
+__all__ = ["GradientGraph", "LossFn", "flat", "split"]
 
 LossFn = Callable[[dict[str, Tensor]], Tensor]
 
@@ -123,11 +123,13 @@ def _explained(error: RuntimeError) -> Exception:
 
 
 def split(vector: Tensor, params: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the pieces of a flat vector, in shape, dtype and device of the parameters."""
     pieces = vector.split([p.numel() for p in params.values()])
     return [piece.view(p.shape).to(p) for piece, p in zip(pieces, params.values(), strict=True)]
 
 
 def flat(tensors: Sequence[Tensor], params: Mapping[str, Tensor]) -> Tensor:
+    """Return tensors of the parameters' shapes as one vector, in their widest dtype."""
     first = next(iter(params.values()))
     wide = torch.float64 if any(p.dtype == torch.float64 for p in params.values()) else first.dtype
     return torch.cat([t.reshape(-1).to(first.device, wide) for t in tensors])

@@ -156,6 +156,17 @@ def test_same_batches_all_through_the_run(tmp_path):
     assert len({row.split(",")[column] for row in rows[1:]} - {""}) == 1
 
 
+def test_lockstep_measures_the_same(tmp_path):
+    found = []
+    for graphs in ("cached", "lockstep"):
+        torch.manual_seed(0)
+        observer = every_step(graphs=graphs, num_probes=3)
+        found.append(train(Plain(), image_loader(shuffle=False), observer).callback_metrics)
+    for key in ("lambda_max", "trace", "minimum_ratio_lower"):
+        tag = f"optkit-hessian/{key}"
+        assert found[0][tag].item() == pytest.approx(found[1][tag].item(), rel=1e-5)
+
+
 def test_parts_of_a_gan_by_name():
     critic = every_step(parameters=["critic.*"], loss_index=1, name="critic")
     generator = every_step(parameters=["generator.*"], name="generator")
@@ -260,6 +271,7 @@ def test_two_observers_resume_from_one_checkpoint(tmp_path):
         ({"mode": "test"}, ValueError, "`mode` must be 'eval' or 'train', got 'test'"),
         ({"num_batches": 0}, ValueError, "`num_batches` must be at least 1"),
         ({"num_batches": None}, ValueError, "unless `data=` is given"),
+        ({"graphs": "none"}, ValueError, "`graphs` must be 'cached' or 'lockstep', got 'none'"),
         ({"top_k": 0}, ValueError, "`top_k` must be at least 1"),
         ({"loss_index": -1}, ValueError, "`loss_index` must be at least 0"),
         ({"parameters": "head"}, TypeError, r"Write `parameters=\['head'\]`"),
