@@ -19,7 +19,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_optkit.bridge.snapshot import Snapshot
+from lightning_optkit.bridge.snapshot import Snapshot, put_back
 
 __all__ = ["Probe", "ProbeError", "StepLossFn", "is_probing", "select_parameters"]
 
@@ -153,14 +153,10 @@ class Probe:
             )
         return loss
 
-    @torch.no_grad()
     def _repair_parameters(self) -> None:
         """Undo what a step wrote into our copies: a target network's average, a clipped weight."""
         for name, parameter in self._module.named_parameters():
-            own = self._parameters[name]
-            original = _in_full_precision(parameter)
-            if not torch.equal(own, original):
-                own.data.copy_(original)  # behind autograd: the values are as the graph saw them
+            put_back(self._parameters[name], _in_full_precision(parameter.detach()))
 
 
 def select_parameters(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-__all__ = ["Snapshot"]
+__all__ = ["Snapshot", "put_back"]
 
 Restore = Callable[[], None]
 
@@ -132,14 +132,15 @@ def _set(item: set[Any]) -> tuple[Restore, Iterable[object]]:
 def _tensor(item: Tensor) -> tuple[Restore, Iterable[object]]:
     if isinstance(item, nn.Parameter) or item.layout != torch.strided or item.is_meta:
         return _nothing, ()  # the probe substitutes parameters
-    saved = item.detach().clone()
+    if item.is_inference() or (item.numel() > 1 and 0 in item.stride()):
+        return _nothing, ()  # nothing can be written into it
+    return functools.partial(put_back, item, item.detach().clone()), ()
 
-    @torch.no_grad()
-    def restore() -> None:
-        if not torch.equal(item, saved):
-            item.copy_(saved)
 
-    return restore, ()
+def put_back(tensor: Tensor, saved: Tensor) -> None:
+    """Give a tensor its saved values, behind autograd, without waiting for a GPU."""
+    if not (tensor.is_cpu and torch.equal(tensor, saved)):  # a comparison would wait
+        tensor.data.copy_(saved)
 
 
 def _array(item: np.ndarray[Any, Any]) -> tuple[Restore, Iterable[object]]:

@@ -80,6 +80,14 @@ def test_tensors_come_back_even_behind_data():
     assert tensors["nan"].isnan().tolist() == [True, False]
 
 
+def test_tensors_that_cannot_be_written_are_left_alone():
+    with torch.inference_mode():
+        inference = torch.ones(2)
+    items = [inference, torch.ones(1).expand(3), torch.ones(2, device="meta")]
+    Snapshot(items).restore()
+    assert inference.tolist() == [1, 1]
+
+
 def test_metric_states_come_back():
     metric = MeanMetric()
     metric.update(3.0)
