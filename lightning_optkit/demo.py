@@ -105,7 +105,7 @@ def run_demo(folder: str | Path = "optkit_logs", *, epochs: int = 15, seed: int 
     pl.seed_everything(seed, verbose=False)
     train, held_out = digits()
     # A run of seconds cannot pay for its diagnostics. A real one keeps to 5 %.
-    last = _LastReport(every_n_epochs=1, num_batches=8, max_overhead=None)
+    last = _LastReport(every_n_epochs=1, max_overhead=None)
     logger = TensorBoardLogger(folder, name="digits", default_hp_metric=False)
     trainer = pl.Trainer(
         accelerator="cpu",

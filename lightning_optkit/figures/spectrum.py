@@ -37,6 +37,10 @@ def spectrum_figure(spectrum: Spectrum, *, num_eigenvalues: int = 5) -> Figure:
 
 
 def _draw_density(axes: Axes, spectrum: Spectrum, num_eigenvalues: int) -> None:
+    if spectrum.spectral_radius == 0:
+        axes.text(0.5, 0.5, "every eigenvalue is zero", ha="center", transform=axes.transAxes)
+        axes.set_axis_off()
+        return
     linear = max(spectrum.tol, spectrum.spectral_radius * 1e-4)
     x = _symlog_grid(spectrum, linear)
     density = np.maximum(spectrum.density(x).numpy(), 1e-300)

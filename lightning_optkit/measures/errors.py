@@ -12,9 +12,14 @@ class CurvatureError(RuntimeError):
     """
 
     @classmethod
-    def not_finite(cls) -> CurvatureError:
-        """Return the error for products that are NaN or infinite."""
-        return cls(
+    def not_finite(cls, operator: object = None) -> Exception:
+        """Return the error for products that are NaN or infinite: what failed here, if known.
+
+        Args:
+            operator: where the products come from; its ``failure``, if it has one, is the cause.
+        """
+        failure: Exception | None = getattr(operator, "failure", None)
+        return failure or cls(
             "Hessian products are NaN or infinite. Is the loss itself finite? Lower the learning "
             "rate, clip gradients, or look for a log or a square root at zero."
         )

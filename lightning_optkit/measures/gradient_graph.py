@@ -41,7 +41,7 @@ class GradientGraph:
             )
         except RuntimeError as error:
             raise _explained(error) from error
-        self.loss = loss.detach()
+        self.loss = loss.detach().reshape(())
 
     @property
     def gradient(self) -> Tensor:
@@ -60,8 +60,10 @@ class GradientGraph:
         if len(rows) > 1 and rows.shape[1] <= _BATCHED_BELOW:
             with contextlib.suppress(RuntimeError):  # an operator without a batching rule
                 return self._products_batched(rows)
-        products = (self._product(split(v, self._leaves)) for v in rows)
-        return torch.stack([flat(p, self._leaves) for p in products])
+        products = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        for product, v in zip(products, rows, strict=True):
+            product.copy_(flat(self._product(split(v.contiguous(), self._leaves)), self._leaves))
+        return products
 
     def _products_batched(self, rows: Tensor) -> Tensor:
         pieces = [
@@ -73,7 +75,12 @@ class GradientGraph:
             )
         ]
         products = self._product(pieces, batched=True)
-        return torch.cat([p.reshape(len(rows), -1).to(rows) for p in products], dim=1)
+        # zeros of a parameter that takes no part come back without the batch axis
+        full = [
+            p.expand(len(rows), *leaf.shape)
+            for p, leaf in zip(products, self._leaves.values(), strict=True)
+        ]
+        return torch.cat([p.reshape(len(rows), -1).to(rows) for p in full], dim=1)
 
     def _product(self, pieces: Sequence[Tensor], *, batched: bool = False) -> tuple[Tensor, ...]:
         curved = [i for i, g in enumerate(self._gradients) if g.requires_grad]

@@ -145,7 +145,13 @@ def lanczos(
         off_diagonal[:, j] = torch.where(alive, beta, 0.0)
         q = torch.where(alive[:, None], r / beta.clamp_min(1e-300).to(r)[:, None], 0.0)
 
-    return _collect(diagonal, off_diagonal, norms, size, q.dtype, basis if keep_basis else None)
+    found = torch.stack([diagonal, off_diagonal]).cpu().double()  # here the device is waited for
+    if not bool(torch.isfinite(found).all()):
+        raise CurvatureError.not_finite(operator)
+    ended = found[1] == 0
+    num_steps = torch.where(ended.any(1), ended.int().argmax(1) + 1, steps)
+    kept = basis if keep_basis else None
+    return Tridiagonal(found[0], found[1], num_steps, norms, size, q.dtype, kept)
 
 
 def _start_vectors(
@@ -170,21 +176,3 @@ def _projection(rows: Tensor, vectors: Tensor) -> Tensor:
     """Return each lane's vector projected on the span of its orthonormal ``rows``."""
     coefficients = torch.bmm(rows, vectors[:, :, None])
     return torch.bmm(rows.transpose(1, 2), coefficients)[:, :, 0]
-
-
-def _collect(
-    diagonal: Tensor,
-    off_diagonal: Tensor,
-    start_norms: Tensor,
-    size: int,
-    dtype: torch.dtype,
-    basis: Tensor | None,
-) -> Tridiagonal:
-    """Copy the result to the host, the one time that it is waited for."""
-    both = torch.stack([diagonal, off_diagonal]).cpu().double()
-    if not bool(torch.isfinite(both).all()):
-        raise CurvatureError.not_finite()
-    steps = both.shape[2]
-    ended = both[1] == 0
-    first_end = torch.where(ended.any(1), ended.int().argmax(1) + 1, steps)
-    return Tridiagonal(both[0], both[1], first_end, start_norms, size, dtype, basis)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lightning_optkit.measures.errors import CurvatureError
 from lightning_optkit.measures.gradient_graph import GradientGraph, LossFn, split
 from lightning_optkit.measures.precision import full_precision
 from lightning_optkit.measures.self_check import check_products
@@ -83,6 +86,8 @@ class HessianOperator:
         self._cache: list[GradientGraph] | None = [] if graphs == "cached" else None
         self._versions: list[int] = []
         self._unchecked = self_check
+        self.failure: Exception | None = None
+        """What made products NaN on this process, where ``reduce`` kept it from being raised."""
         self.num_matvecs = 0
         """Hessian-vector products made so far, the self-check's included."""
 
@@ -115,11 +120,17 @@ class HessianOperator:
             got = tuple(vectors.shape)
             raise ValueError(f"`vectors` must have the shape ({n},) or ({n}, k), got {got}.")
         if self._unchecked:
-            self._unchecked = False
-            check_products(self)
+            self._unchecked = False  # the check itself makes products
+            try:
+                check_products(self)
+            except BaseException:
+                self._unchecked = True
+                raise
         rows = vectors[None] if vectors.ndim == 1 else vectors.T
         rows = rows.to(self.device, self.dtype)
-        products = self._sum(lambda graph: graph.products(rows), shape=tuple(rows.shape))
+        products = self._sum(
+            lambda graph: graph.products(rows), shape=tuple(rows.shape), waits=False
+        )
         self.num_matvecs += len(rows)
         return products[0] if vectors.ndim == 1 else products.T
 
@@ -134,6 +145,7 @@ class HessianOperator:
         matrix = torch.cat(columns, dim=1)
         return (matrix + matrix.T) / 2
 
+    @torch.inference_mode(False)
     def gradient(self, offset: Tensor | None = None) -> Tensor:
         """Return the gradient of the weighted loss, shape ``(n,)``.
 
@@ -148,26 +160,30 @@ class HessianOperator:
         graphs = (GradientGraph(f, leaves, create_graph=False) for f in self._loss_fns)
         return self._sum(lambda graph: graph.gradient, shape=self.shape[:1], graphs=graphs)
 
+    @torch.inference_mode(False)
     def forward_mode_product(self, vector: Tensor) -> Tensor:
         """Return ``H @ vector`` by forward over reverse mode: slower, for comparison.
 
         Raises:
             NotImplementedError: if a layer has no forward-mode derivative.
         """
-        with forward_ad.dual_level():
+        with forward_ad.dual_level(), warnings.catch_warnings():
+            # torch 2.13 scripts its forward-mode formulas on first use, and deprecates scripting
+            warnings.simplefilter("ignore", DeprecationWarning)
             leaves = self._leaves()
             duals = {
                 name: forward_ad.make_dual(leaf, piece)
                 for (name, leaf), piece in zip(leaves.items(), split(vector, leaves), strict=True)
             }
-            graphs = (GradientGraph(f, duals, create_graph=False) for f in self._loss_fns)
+            # with a graph: where none is asked for, some backwards take a shortcut at zeros
+            graphs = (GradientGraph(f, duals) for f in self._loss_fns)
             return self._sum(
                 lambda graph: graph.gradient_tangent, shape=self.shape[:1], graphs=graphs
             )
 
     def loss(self) -> Tensor:
         """Return the weighted loss, a scalar."""
-        return self._sum(lambda graph: graph.loss.to(self.device, self.dtype), shape=())
+        return self._sum(lambda graph: graph.loss.to(self.device, self.dtype, copy=True), shape=())
 
     def parameter_norm(self) -> float:
         """Return the Euclidean norm of all parameters together."""
@@ -200,8 +216,9 @@ class HessianOperator:
                 f"`weights` must have one entry for each of the {len(self._loss_fns)} batches, "
                 f"at least one, got {len(given)}."
             )
-        if min(given) <= 0:
-            raise ValueError(f"`weights` must be positive, got {min(given)}.")
+        for weight in given:
+            if not 0 < weight < math.inf:
+                raise ValueError(f"`weights` must be positive and finite, got {weight}.")
         return given
 
     def _leaves(self) -> dict[str, Tensor]:
@@ -229,29 +246,49 @@ class HessianOperator:
         shape: tuple[int, ...],
         graphs: Iterable[GradientGraph] | None = None,
         weights: Sequence[float] | None = None,
+        waits: bool = True,
     ) -> Tensor:
-        """Return the weighted sum of ``term`` over all batches of all processes."""
+        """Return the weighted sum of ``term`` over all batches of all processes.
+
+        A process on which a term fails contributes NaN, so that no other waits for it. If the sum
+        ``waits`` for its value, all processes then raise, each its own error. A product does not
+        wait: this process goes on with NaN, all find it where they first look, and ``failure``
+        tells why.
+        """
+        total: Tensor | None = None
+        failure = self.failure
+        try:
+            if failure is None:
+                total = self._own_sum(term, graphs or self._graphs(), weights or self._weights)
+        except Exception as error:
+            if self._reduce is None:
+                raise
+            failure = error
+        if total is None:
+            total = torch.full(shape, torch.nan, dtype=self.dtype, device=self.device)
+        total = self._reduced(total)
+        if not waits:
+            self.failure = failure
+        elif failure is not None:
+            raise failure
+        elif self._reduce is not None and not bool(torch.isfinite(total).all()):
+            raise CurvatureError.not_finite()
+        return total
+
+    def _own_sum(
+        self,
+        term: Callable[[GradientGraph], Tensor],
+        graphs: Iterable[GradientGraph],
+        weights: Sequence[float],
+    ) -> Tensor:
+        """Return the weighted sum over the batches of this process."""
         total: Tensor | None = None
         with full_precision(self.device.type), torch.inference_mode(False), torch.enable_grad():
-            try:
-                for graph, weight in zip(
-                    graphs or self._graphs(), weights or self._weights, strict=True
-                ):
-                    value = term(graph).mul(weight)
-                    total = value if total is None else total.add_(value)
-            except Exception:
-                self._give_up_together(shape)
-                raise
+            for graph, weight in zip(graphs, weights, strict=True):
+                value = term(graph).mul_(weight)  # each term is a fresh tensor
+                total = value if total is None else total.add_(value)
         assert total is not None  # there is at least one batch
-        return self._reduced(total)
-
-    def _give_up_together(self, shape: tuple[int, ...]) -> None:
-        """Contribute NaN in place of a sum that failed here, so that no process waits for it.
-
-        The other processes find NaN in their products and stop too.
-        """
-        if self._reduce is not None:
-            self._reduce(torch.full(shape, torch.nan, dtype=self.dtype, device=self.device))
+        return total
 
     def _reduced(self, total: Tensor) -> Tensor:
         return total if self._reduce is None else self._reduce(total)

@@ -149,4 +149,6 @@ def share_interval(
 
     first = bisect_left(range(dimension + 1), True, key=possible_from_below)
     beyond = bisect_left(range(dimension + 1), True, key=lambda k: not possible_from_above(k))
-    return first / dimension, (beyond - 1) / dimension
+    last = beyond - 1
+    # Where both tails reject every p, the two nearest are the interval.
+    return min(first, last) / dimension, max(first, last) / dimension

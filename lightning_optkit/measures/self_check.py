@@ -26,6 +26,7 @@ _SUSPECTS = (
 )
 
 
+@torch.inference_mode(False)
 def check_products(operator: HessianOperator) -> None:
     r"""Compare a product with its transpose and with an independent second derivative.
 
@@ -48,7 +49,7 @@ def check_products(operator: HessianOperator) -> None:
     direction = torch.stack(parts).sum(0) if parts else u
     product = operator @ direction
     if not bool(torch.isfinite(product).all()):
-        raise CurvatureError.not_finite()
+        raise CurvatureError.not_finite(operator)
 
     rounding = 1e-5 * float(u.norm() * product.norm())
     asymmetry = max(0.0, float((u @ product - v @ direction).abs()) - rounding)

@@ -12,11 +12,14 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_optkit.measures.errors import CurvatureError
 from lightning_optkit.measures.lanczos import Tridiagonal, lanczos, rounding_noise
 from lightning_optkit.measures.operators import HessianOperator
 from lightning_optkit.measures.quadrature import gauss, mass_below, share_interval
 
 __all__ = ["Share", "Spectrum", "check_settings", "hessian_spectrum"]
+
+_POOLING_ERROR = 1e-12  # of a mean of masses: a mean of ones must leave no room for a share above
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ class Spectrum:
             sigma = (
                 self._bandwidths(theta, residuals[valid])
                 if bandwidth is None
-                else torch.tensor(bandwidth)
+                else theta.new_tensor(bandwidth)
             )
             z = (x - theta) / sigma
             total += (w * torch.exp(-z.square() / 2) / (sigma * math.sqrt(2 * math.pi))).sum(1)
@@ -258,7 +261,10 @@ def hessian_spectrum(
     spent = operator.num_matvecs
     exact = operator.shape[0] <= exact_below
     if exact:
-        nodes = torch.linalg.eigvalsh(operator.dense())[None]
+        matrix = operator.dense()
+        if not bool(torch.isfinite(matrix).all()):
+            raise CurvatureError.not_finite(operator)
+        nodes = torch.linalg.eigvalsh(matrix)[None]
         weights = torch.full_like(nodes, 1 / nodes.shape[1])
         residuals = torch.zeros_like(nodes)
     else:
@@ -302,7 +308,7 @@ def check_settings(*, num_matvecs: int, num_probes: int, tol_rel: float, confide
     for name, count, least in (("num_matvecs", num_matvecs, 2), ("num_probes", num_probes, 1)):
         if count < least:
             raise ValueError(f"`{name}` must be at least {least}, got {count}.")
-    if tol_rel < 0:
+    if not tol_rel >= 0:  # NaN neither
         raise ValueError(f"`tol_rel` must be at least 0, got {tol_rel}.")
     if not 0 < confidence < 1:
         raise ValueError(f"`confidence` must be between 0 and 1, such as 0.99, got {confidence}.")
@@ -359,7 +365,7 @@ def _certified_shares(
     def pooled(threshold: float) -> tuple[float, float]:
         masses = [mass_below(*lane, threshold, slack=noise) for lane in lanes]
         lower, upper = norms @ torch.tensor(masses, dtype=torch.float64) / norms.sum()
-        return float(lower), float(upper)
+        return float(lower) - _POOLING_ERROR, float(upper) + _POOLING_ERROR
 
     def share(lower: float, upper: float) -> Share:
         lower, upper = max(0.0, lower), min(1.0, upper)
@@ -370,7 +376,8 @@ def _certified_shares(
             num_probes=len(lanes),
             confidence=confidence,
         )
-        return Share((lower + upper) / 2, *interval, quadrature_width=upper - lower)
+        value = min(max((lower + upper) / 2, interval[0]), interval[1])
+        return Share(value, *interval, quadrature_width=upper - lower)
 
     (low_tol, up_tol), (low_minus, up_minus) = pooled(tol), pooled(-tol)
     return (
