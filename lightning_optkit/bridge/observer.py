@@ -15,7 +15,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_optkit.board.tags import tag
 from lightning_optkit.bridge.cadence import Cadence, logger_step
 from lightning_optkit.bridge.held_batches import HeldBatch, draw_batches
-from lightning_optkit.bridge.probe import Probe, StepLossFn, select_parameters
+from lightning_optkit.bridge.probe import (
+    Probe,
+    StepLossFn,
+    require_batch_step,
+    select_parameters,
+)
 from lightning_optkit.bridge.reduce import require_whole_parameters
 from lightning_optkit.bridge.report import report
 
@@ -127,6 +132,8 @@ class Observer(pl.Callback, ABC, Generic[Result]):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         require_whole_parameters(trainer.strategy, type(self).__name__)
         self.parameter_names(pl_module)  # a pattern that matches nothing raises here
+        if self._loss_fn is None:
+            require_batch_step(pl_module)
         self._held = draw_batches(
             trainer, pl_module, num_batches=self._num_batches, data=self._data, seed=self._seed
         )

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -19,9 +20,17 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lightning_optkit.bridge.muting import CapturedLosses, LossFoundError, ProbeError, mute
 from lightning_optkit.bridge.snapshot import Snapshot, put_back
 
-__all__ = ["Probe", "ProbeError", "StepLossFn", "is_probing", "select_parameters"]
+__all__ = [
+    "Probe",
+    "ProbeError",
+    "StepLossFn",
+    "is_probing",
+    "require_batch_step",
+    "select_parameters",
+]
 
 StepLossFn = Callable[[pl.LightningModule, Any], Tensor]
 
@@ -43,10 +52,6 @@ def is_probing() -> bool:
         False
     """
     return _PROBING.get()
-
-
-class ProbeError(RuntimeError):
-    """The training loss could not be read from ``training_step``; the message says what to do."""
 
 
 class Probe:
@@ -132,14 +137,14 @@ class Probe:
         }
         substitutes |= parameters
         own_batch = apply_to_collection(batch, Tensor, lambda t: _in_full_precision(t.clone()))
-        captured = _CapturedLosses(self._loss_index)
+        captured = CapturedLosses(self._loss_index)
         try:
             if self._mode == "eval":
                 self._module.eval()
-            _mute(self._module, captured)
+            mute(self._module, captured)
             prefixed = {f"module.{name}": tensor for name, tensor in substitutes.items()}
             output = functional_call(self._step, prefixed, (own_batch, batch_idx))
-        except _LossFoundError:
+        except LossFoundError:
             output = None
         finally:
             self._snapshot.restore()
@@ -193,6 +198,19 @@ def select_parameters(
     return chosen
 
 
+def require_batch_step(pl_module: pl.LightningModule) -> None:
+    """Refuse steps that fetch their own batches: there is none to call them with.
+
+    Raises:
+        MisconfigurationException: for ``training_step(self, dataloader_iter)``.
+    """
+    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+        raise MisconfigurationException(
+            "`training_step` must take a batch to be measured, got one that takes "
+            "`dataloader_iter`. Pass `loss_fn=(pl_module, batch) -> loss`."
+        )
+
+
 class _Step(nn.Module):
     """``training_step`` (or the user's loss) as a forward pass, for ``functional_call``."""
 
@@ -211,94 +229,7 @@ class _Step(nn.Module):
         return step(batch)
 
 
-class _LossFoundError(BaseException):
-    """Ends a manual step once its loss is known; no ``except Exception`` in the step holds it."""
-
-
-class _CapturedLosses:
-    """Stands for ``manual_backward``."""
-
-    def __init__(self, wanted: int) -> None:
-        self._wanted = wanted
-        self.losses: list[Tensor] = []
-
-    def __call__(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        self.losses.append(loss)
-        if len(self.losses) == self._wanted + 1:
-            raise _LossFoundError
-
-    @property
-    def chosen(self) -> Tensor:
-        if len(self.losses) > self._wanted:
-            return self.losses[self._wanted]
-        if not self.losses:
-            raise ProbeError(
-                "`training_step` of a module with manual optimization must hand its loss to "
-                "`self.manual_backward`, and did not. Call it in place of `loss.backward()`, or "
-                "pass `loss_fn=(pl_module, batch) -> loss`."
-            )
-        raise ProbeError(
-            f"`loss_index` must be below {len(self.losses)}, the number of `manual_backward` calls "
-            f"in this `training_step`, got {self._wanted}."
-        )
-
-
-class _InertOptimizer:
-    """An optimizer that can be read but does nothing."""
-
-    def __init__(self, optimizer: Any) -> None:
-        self._optimizer = optimizer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._optimizer, name)
-
-    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-        return closure() if closure is not None else None
-
-    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def toggle_model(self, *args: Any, **kwargs: Any) -> nullcontext[None]:
-        return nullcontext()
-
-
-class _InertScheduler(_InertOptimizer):
-    def step(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-
-def _mute(module: pl.LightningModule, captured: _CapturedLosses) -> None:
-    """Shadow, on the instances, all methods that reach outside the module.
-
-    The shadows live in ``__dict__`` and vanish when the snapshot is restored.
-    """
-
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        pass
-
-    for child in module.modules():
-        child.__dict__["_backward_hooks"] = type(child._backward_hooks)()
-        child.__dict__["_backward_pre_hooks"] = type(child._backward_pre_hooks)()
-        if isinstance(child, pl.LightningModule):
-            for name in ("log", "log_dict", "print", "toggle_optimizer", "untoggle_optimizer"):
-                child.__dict__[name] = nothing
-            child.__dict__["clip_gradients"] = nothing
-            child.__dict__["manual_backward"] = captured
-            child.__dict__["optimizers"] = _inert(child.optimizers, _InertOptimizer)
-            child.__dict__["lr_schedulers"] = _inert(child.lr_schedulers, _InertScheduler)
-
-
-def _inert(method: Callable[..., Any], stub: type[_InertOptimizer]) -> Callable[..., Any]:
-    def inert(*args: Any, **kwargs: Any) -> Any:
-        found = method(*args, **kwargs)
-        if isinstance(found, list):
-            return [stub(each) for each in found]
-        return None if found is None else stub(found)
-
-    return inert
-
-
-def _loss_of(output: Any, captured: _CapturedLosses, module: pl.LightningModule) -> Tensor:
+def _loss_of(output: Any, captured: CapturedLosses, module: pl.LightningModule) -> Tensor:
     if captured.losses or not (module.automatic_optimization or isinstance(output, Tensor)):
         return captured.chosen
     loss = output.get("loss") if isinstance(output, Mapping) else output

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.ticker import NullLocator
 
-from lightning_optkit.measures.spectrum import Share, Spectrum
+from lightning_optkit.measures.shares import Share
+from lightning_optkit.measures.spectrum import Spectrum
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,7 +5,8 @@ from lightning_optkit.measures.errors import CurvatureError, WrongDerivativesErr
 from lightning_optkit.measures.lanczos import Tridiagonal, lanczos
 from lightning_optkit.measures.operators import HessianOperator
 from lightning_optkit.measures.precision import full_precision
-from lightning_optkit.measures.spectrum import Share, Spectrum, hessian_spectrum
+from lightning_optkit.measures.shares import Share
+from lightning_optkit.measures.spectrum import Spectrum, hessian_spectrum
 
 __all__ = [
     "CriticalPoint",

@@ -23,7 +23,10 @@ from torch import Tensor
 
 __all__ = ["gauss", "mass_below", "share_interval"]
 
-_WEIGHT_ERROR = 1e-10  # of the sum of weights, with entries up to 1e4 times the spectral radius
+_WEIGHT_ERROR = 1e-10  # of a sum of weights, by rounding
+# Largest last entry of a Radau rule, in spectral radii: rounding grows with it, and has to stay
+# near that of the products.
+_LARGEST_ENTRY = 1e2
 
 
 def gauss(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,6 +86,8 @@ def mass_below(
     """
     lower, _ = _radau_masses(diagonal, off_diagonal, threshold - slack, away=-slack)
     _, upper = _radau_masses(diagonal, off_diagonal, threshold + slack, away=slack)
+    # Next to a pair of eigenvalues that rounding cannot tell apart the two may cross.
+    lower, upper = min(lower, upper), max(lower, upper)
     return max(0.0, lower - _WEIGHT_ERROR), min(1.0, upper + _WEIGHT_ERROR)
 
 
@@ -98,7 +103,7 @@ def _radau_masses(
     reach = float(nodes.abs().max()) + float(off_diagonal.max()) + abs(t)
     for _ in range(60):
         entry = t + float((residuals.square() / (nodes - t)).sum())
-        if abs(entry) < 1e4 * reach:
+        if abs(entry) < _LARGEST_ENTRY * reach:
             break
         t += away
         away *= 2

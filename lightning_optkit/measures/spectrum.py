@@ -15,46 +15,10 @@ from torch.nn.functional import pad
 from lightning_optkit.measures.errors import CurvatureError
 from lightning_optkit.measures.lanczos import Tridiagonal, lanczos, rounding_noise
 from lightning_optkit.measures.operators import HessianOperator
-from lightning_optkit.measures.quadrature import gauss, mass_below, share_interval
+from lightning_optkit.measures.quadrature import gauss
+from lightning_optkit.measures.shares import Share, certified_shares, exact_shares
 
-__all__ = ["Share", "Spectrum", "check_settings", "hessian_spectrum"]
-
-_POOLING_ERROR = 1e-12  # of a mean of masses: a mean of ones must leave no room for a share above
-
-
-@dataclass(frozen=True)
-class Share:
-    """A share of the eigenvalues, with the interval that holds it.
-
-    Attributes:
-        value: the share if it is known, else the middle of the certified masses; in [0, 1].
-        lower: lower end of the interval, at the spectrum's confidence.
-        upper: upper end.
-        quadrature_width: the part of the width that more ``num_matvecs`` would remove; the rest
-            is sampling, which more ``num_probes`` would remove.
-    """
-
-    value: float
-    lower: float
-    upper: float
-    quadrature_width: float
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """``(lower, upper)``."""
-        return self.lower, self.upper
-
-    @property
-    def resolved(self) -> bool:
-        """Whether the interval is narrow enough, 0.1, to quote the value alone."""
-        return self.upper - self.lower <= 0.1
-
-    def __str__(self) -> str:
-        """Return the value with its interval; an unresolved one has no value to quote."""
-        if self.lower == self.upper:
-            return f"{self.value:.4f}"
-        interval = f"[{self.lower:.3f}, {self.upper:.3f}]"
-        return f"{self.value:.3f} {interval}" if self.resolved else f"unresolved {interval}"
+__all__ = ["Spectrum", "check_settings", "hessian_spectrum"]
 
 
 @dataclass(frozen=True)
@@ -276,10 +240,10 @@ def hessian_spectrum(
     noise = max(rounding_noise(operator.dtype) * radius, 1e-300)
     tol = max(tol_rel * radius, 4 * noise)
     if exact:
-        shares = _exact_shares(valid, tol, noise)
+        shares = exact_shares(valid, tol, noise)
         trace, trace_error = float(valid.sum()), 0.0
     else:
-        shares = _certified_shares(runs, tol, noise, confidence)
+        shares = certified_shares(runs, tol, noise, confidence)
         trace, trace_error = _trace(nodes, weights, operator.shape[0])
     return Spectrum(
         *shares,
@@ -338,53 +302,6 @@ def _quadrature(runs: list[Tridiagonal]) -> tuple[Tensor, Tensor, Tensor]:
         return torch.stack([pad(r[part], (0, steps - len(r[part])), value=filler) for r in rules])
 
     return padded(0, math.nan), padded(1, 0.0), padded(2, 0.0)
-
-
-def _exact_shares(eigenvalues: Tensor, tol: float, noise: float) -> tuple[Share, Share, Share]:
-    """Return positive, negative and zero share; an eigenvalue within noise of ``tol`` is open."""
-
-    def share(counts: list[Tensor]) -> Share:
-        lower, value, upper = (float(c.double().mean()) for c in counts)
-        return Share(value, lower, upper, 0.0)
-
-    steps = (noise, 0.0, -noise)
-    return (
-        share([eigenvalues > tol + e for e in steps]),
-        share([eigenvalues < -tol - e for e in steps]),
-        share([eigenvalues.abs() <= tol - e for e in steps]),
-    )
-
-
-def _certified_shares(
-    runs: list[Tridiagonal], tol: float, noise: float, confidence: float
-) -> tuple[Share, Share, Share]:
-    """Return positive, negative and zero share, pooled over the probes by their squared norms."""
-    lanes = [lane for run in runs for lane in run.lanes()]
-    norms = torch.cat([run.start_norms for run in runs]).square()
-
-    def pooled(threshold: float) -> tuple[float, float]:
-        masses = [mass_below(*lane, threshold, slack=noise) for lane in lanes]
-        lower, upper = norms @ torch.tensor(masses, dtype=torch.float64) / norms.sum()
-        return float(lower) - _POOLING_ERROR, float(upper) + _POOLING_ERROR
-
-    def share(lower: float, upper: float) -> Share:
-        lower, upper = max(0.0, lower), min(1.0, upper)
-        interval = share_interval(
-            lower,
-            upper,
-            dimension=runs[0].size,
-            num_probes=len(lanes),
-            confidence=confidence,
-        )
-        value = min(max((lower + upper) / 2, interval[0]), interval[1])
-        return Share(value, *interval, quadrature_width=upper - lower)
-
-    (low_tol, up_tol), (low_minus, up_minus) = pooled(tol), pooled(-tol)
-    return (
-        share(1 - up_tol, 1 - low_tol),
-        share(low_minus, up_minus),
-        share(low_tol - up_minus, up_tol - low_minus),
-    )
 
 
 def _trace(nodes: Tensor, weights: Tensor, n: int) -> tuple[float, float]:

@@ -309,6 +309,24 @@ def test_a_module_without_trainable_parameters_is_refused():
     )
 
 
+class FetchesItself(Plain):
+    def training_step(self, dataloader_iter):
+        batch, batch_idx, _ = next(dataloader_iter)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
+def test_a_step_that_fetches_its_own_batches_is_refused_without_a_loss_fn():
+    with pytest.raises(MisconfigurationException, match=r"`dataloader_iter`\. Pass `loss_fn="):
+        train(FetchesItself(), image_loader(), every_step())
+
+    def loss_fn(module, batch):
+        return cross_entropy(module.net(batch[0]), batch[1])
+
+    trainer = train(FetchesItself(), image_loader(), every_step(loss_fn=loss_fn))
+    assert trainer.callback_metrics["optkit-hessian/lambda_max"] > 0
+
+
 def test_sharded_parameters_are_refused():
     observer, trainer = every_step(), pl.Trainer(accelerator="cpu", logger=False)
     trainer.strategy.__class__ = ModelParallelStrategy

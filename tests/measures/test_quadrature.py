@@ -323,3 +323,20 @@ def test_more_probes_narrow_the_interval():
     assert widths == pytest.approx([widths[0] / 2**i for i in range(4)], abs=2e-3)
     normal = 2 * stats.norm.ppf(0.995) * math.sqrt(2 * 0.3 * 0.7 / (4 * 4000))
     assert widths[1] == pytest.approx(normal, rel=0.02)
+
+
+def test_a_threshold_on_a_ritz_value_is_no_pole():
+    """The entry of the Radau rule is infinite there: the bound is taken a step further out."""
+    generator = torch.Generator().manual_seed(0)
+    diagonal = torch.randn(12, generator=generator, dtype=torch.float64)
+    off_diagonal = torch.rand(12, generator=generator, dtype=torch.float64) + 0.5
+    nodes, weights, _ = gauss(diagonal, off_diagonal)
+    slack = 2.0**-40
+    exact = [k for k in range(12) if float(nodes[k] + slack - slack) == float(nodes[k])]
+    assert exact
+    for k in exact:
+        lower, upper = mass_below(diagonal, off_diagonal, float(nodes[k]) + slack, slack=slack)
+        # at a Ritz value the Radau rule is the Gauss rule itself; a step out loses little
+        below, through = float(weights[:k].sum()), float(weights[: k + 1].sum())
+        assert -1e-12 <= below - lower < 2e-3
+        assert -1e-12 <= upper - through < 2e-3
