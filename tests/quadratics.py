@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_optkit.measures.lanczos import rounding_noise
+
 # Spectra that trip up eigensolvers, each of ten eigenvalues.
 SPECTRA: dict[str, list[float]] = {
     "distinct": [-4.0, -2.5, -1.0, -0.1, 0.3, 1.0, 1.5, 2.0, 3.0, 7.0],
@@ -82,6 +84,10 @@ class MatrixOperator:
     @property
     def device(self) -> torch.device:
         return self.matrix.device
+
+    @property
+    def noise(self) -> float:
+        return rounding_noise(self.dtype)
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
         self.num_matvecs += 1 if vectors.ndim == 1 else vectors.shape[1]

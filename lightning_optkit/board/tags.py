@@ -42,6 +42,8 @@ HESSIAN_SCALARS = (
     Tag("trace_standard_error", "eigenvalue", "standard error of the trace; 0 if exact"),
     Tag("loss", "loss", "loss on the held batches, where the spectrum was taken"),
     Tag("gradient_norm", "loss / parameter", "norm of the gradient on the held batches"),
+    Tag("gradient_noise", "loss / parameter", "norm of its standard error over the batches"),
+    Tag("flatness", "share", "|Hg| / (max|lambda| |g|); near 0 the gradient lies in flat space"),
     Tag("num_matvecs", "products", "Hessian-vector products spent on this point"),
     Tag("num_samples", "samples", "training samples held, over all ranks"),
     Tag("seconds", "s", "wall time spent on this point"),

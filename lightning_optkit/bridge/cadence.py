@@ -9,7 +9,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-__all__ = ["Cadence", "logger_step"]
+__all__ = ["EVERY_EPOCH", "Cadence", "logger_step"]
+
+
+class _Default(int):
+    """A period that was not written by anyone, and gives way to one that was."""
+
+
+EVERY_EPOCH = _Default(1)
+"""Default of ``every_n_epochs``: 1, unless ``every_n_steps`` is given."""
 
 
 def logger_step(trainer: pl.Trainer, *, after_batch: bool) -> int:
@@ -50,6 +58,8 @@ class Cadence:
         every_n_epochs: int | None = None,
         max_overhead: float | None = None,
     ) -> None:
+        if every_n_steps is not None and isinstance(every_n_epochs, _Default):
+            every_n_epochs = None
         if (every_n_steps is None) == (every_n_epochs is None):
             raise ValueError(
                 "Exactly one of `every_n_steps` and `every_n_epochs` must be given, got "
@@ -57,8 +67,8 @@ class Cadence:
                 "Set the other one to `None`."
             )
         for name, period in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
-            if period is not None and period < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {period}.")
+            if period is not None and (not isinstance(period, int) or period < 1):
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {period!r}.")
         if max_overhead is not None and not 0 < max_overhead <= 1:
             raise ValueError(
                 f"`max_overhead` must be a share in (0, 1], such as 0.05, got {max_overhead}. "

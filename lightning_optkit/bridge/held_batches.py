@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -19,6 +20,11 @@ from lightning_optkit.bridge.probe import Probe, seed_global_generators
 from lightning_optkit.bridge.snapshot import Snapshot
 
 __all__ = ["HeldBatch", "draw_batches"]
+
+
+# Datasets and datamodules are put back after the draw, but for tensors and containers of more
+# items: those are the data.
+_MAX_ITEMS = 10_000
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,10 @@ def draw_batches(
             "There must be a training dataloader to draw batches from, got none. Pass `data=` with "
             "a `DataLoader` or a list of batches."
         )
-    with Probe(trainer, pl_module), Snapshot.undone(pl_module):
+    if data is None and num_batches is not None:  # of a run on few batches no more are trained on
+        num_batches = int(min(num_batches, trainer.num_training_batches))
+    undone = Snapshot.undone(pl_module, getattr(trainer, "datamodule", None), max_items=_MAX_ITEMS)
+    with Probe(trainer, pl_module), undone:
         seed_global_generators(seed)
         drawn = _combined(source, num_batches) if data is None else _draw(source, num_batches)
         held = [_held(trainer, pl_module, batch) for batch in drawn]
@@ -91,7 +100,7 @@ def _is_loader(node: Any) -> bool:
 
 
 def _draw(loader: Any, num_batches: int | None) -> list[Any]:
-    if not isinstance(loader, DataLoader):
+    if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
         return list(itertools.islice(_copied(loader), num_batches))
     if isinstance(loader.dataset, IterableDataset):
         again = DataLoader(
@@ -109,11 +118,17 @@ def _fetched(loader: DataLoader[Any]) -> Iterator[Any]:
     batches: Iterable[Any] = (
         loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     )
-    with Snapshot.undone(loader.batch_sampler, loader.sampler, loader.generator):
+    if isinstance(batches, Iterator):
+        raise _read_once(batches, "is an iterator")
+    samplers = (loader.batch_sampler, loader.sampler, loader.generator)
+    with Snapshot.undone(*samplers, loader.dataset, max_items=_MAX_ITEMS):
+        for owner in (loader, loader.sampler):  # the same draw in a resumed run
+            if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
+                generator.manual_seed(torch.initial_seed())
         for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
             set_epoch = getattr(sampler, "set_epoch", None)
             if set_epoch is not None:
-                set_epoch(0)  # the same draw in a resumed run
+                set_epoch(0)
         for index in batches:
             if loader.batch_sampler is None:
                 yield loader.collate_fn(loader.dataset[index])
@@ -130,10 +145,14 @@ def _copied(source: Iterable[Any]) -> Any:
     try:
         return copy.deepcopy(source)
     except Exception as error:
-        raise MisconfigurationException(
-            f"The training data ({type(source).__name__}) can be read only once and cannot be "
-            f"copied ({error}). Pass `data=` with a `DataLoader` or batches to measure on."
-        ) from error
+        raise _read_once(source, f"cannot be copied ({error})") from error
+
+
+def _read_once(source: object, why: str) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"The data to measure on must be readable twice, got {type(source).__name__}, which "
+        f"{why}. Pass `data=` with a `DataLoader` or a list of batches."
+    )
 
 
 def _held(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> HeldBatch:

@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor
 
-__all__ = ["CapturedLosses", "LossFoundError", "ProbeError", "mute"]
+__all__ = ["CapturedLosses", "InertOptimizer", "LossFoundError", "ProbeError", "mute"]
 
 
 class ProbeError(RuntimeError):
@@ -58,28 +58,34 @@ class CapturedLosses:
         )
 
 
-class _InertOptimizer:
-    """An optimizer that can be read but does nothing."""
+class InertOptimizer:
+    """An optimizer that can be read but does nothing; it passes for one of the wrapped class."""
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # for `isinstance`
+        return type(self._optimizer)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._optimizer, name)
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        """Run the closure, for the loss that it hands to ``manual_backward``."""
         return closure() if closure is not None else None
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        pass
+        """Leave the gradients."""
 
     def toggle_model(self, *args: Any, **kwargs: Any) -> nullcontext[None]:
+        """Leave ``requires_grad``."""
         return nullcontext()
 
 
-class _InertScheduler(_InertOptimizer):
+class _InertScheduler(InertOptimizer):
     def step(self, *args: Any, **kwargs: Any) -> None:
-        pass
+        """Leave the learning rate."""
 
 
 def mute(module: pl.LightningModule, captured: CapturedLosses) -> None:
@@ -99,11 +105,10 @@ def mute(module: pl.LightningModule, captured: CapturedLosses) -> None:
                 child.__dict__[name] = nothing
             child.__dict__["clip_gradients"] = nothing
             child.__dict__["manual_backward"] = captured
-            child.__dict__["optimizers"] = _inert(child.optimizers, _InertOptimizer)
             child.__dict__["lr_schedulers"] = _inert(child.lr_schedulers, _InertScheduler)
 
 
-def _inert(method: Callable[..., Any], stub: type[_InertOptimizer]) -> Callable[..., Any]:
+def _inert(method: Callable[..., Any], stub: type[InertOptimizer]) -> Callable[..., Any]:
     def inert(*args: Any, **kwargs: Any) -> Any:
         found = method(*args, **kwargs)
         if isinstance(found, list):

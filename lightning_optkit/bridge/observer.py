@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_optkit.board.tags import tag
@@ -76,8 +77,10 @@ class Observer(pl.Callback, ABC, Generic[Result]):
             )
         if num_batches is None and data is None:
             raise ValueError("`num_batches` must be a number unless `data=` is given, got None.")
-        if num_batches is not None and num_batches < 1:
-            raise ValueError(f"`num_batches` must be at least 1, got {num_batches}.")
+        if num_batches is not None and (not isinstance(num_batches, int) or num_batches < 1):
+            raise ValueError(
+                f"`num_batches` must be an integer of at least 1, got {num_batches!r}."
+            )
         if mode not in ("eval", "train"):
             raise ValueError(f"`mode` must be 'eval' or 'train', got {mode!r}.")
         if loss_index < 0:
@@ -137,6 +140,7 @@ class Observer(pl.Callback, ABC, Generic[Result]):
         self._held = draw_batches(
             trainer, pl_module, num_batches=self._num_batches, data=self._data, seed=self._seed
         )
+        self._warned = set()
         self._cadence.start()
 
     def on_train_batch_end(
@@ -183,13 +187,13 @@ class Observer(pl.Callback, ABC, Generic[Result]):
             with self._probe(trainer, pl_module) as probe:
                 result = self.measure(trainer, pl_module, probe)
             seconds = time.monotonic() - started
+            self._latest = step, result  # before the report: a logger may fail on one rank only
             report(
                 trainer,
                 step=step,
                 scalars=self._tagged(self.scalars(result) | {"seconds": seconds}),
                 arrays=self._tagged(self.arrays(result)),
             )
-            self._latest = step, result
 
     def _draw(self, trainer: pl.Trainer, step: int, result: Result) -> None:
         with self._warning_once(step):
@@ -216,8 +220,11 @@ class Observer(pl.Callback, ABC, Generic[Result]):
             yield
         except Exception as error:
             cause = f"{type(error).__name__}: {error}"
-            if cause not in self._warned:
-                self._warned.add(cause)
+            if isinstance(error, torch.OutOfMemoryError):
+                cause += " Hold fewer batches (`num_batches`), or measure in fewer `parameters`."
+            kind = re.sub(r"\d+", "", cause)  # a message about memory has new numbers each time
+            if kind not in self._warned:
+                self._warned.add(kind)
                 rank_zero_warn(
                     f"{type(self).__name__} measured nothing at step {step}; training goes on "
                     f"untouched. {cause}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -19,8 +20,15 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 
-from lightning_optkit.bridge.muting import CapturedLosses, LossFoundError, ProbeError, mute
+from lightning_optkit.bridge.muting import (
+    CapturedLosses,
+    InertOptimizer,
+    LossFoundError,
+    ProbeError,
+    mute,
+)
 from lightning_optkit.bridge.snapshot import Snapshot, put_back
 
 __all__ = [
@@ -44,7 +52,8 @@ def is_probing() -> bool:
     loggers or the global random generators. What cannot be undone from outside, guard with this:
 
     * random generators, counters and files that the module does not own;
-    * calls of an experiment tracker's global functions, such as ``wandb.log``;
+    * calls of an experiment tracker's global functions, such as ``wandb.log``, and of a logger that
+      the module keeps in an attribute of its own;
     * attributes of classes with ``__slots__``, and datasets reached from the step.
 
     Example:
@@ -99,8 +108,13 @@ class Probe:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(_eager())
             stack.enter_context(_default_dtype(_measuring_dtype(self._module)))
-            stack.enter_context(_without_loggers(self._trainer))
-            self._snapshot = Snapshot(self._module)
+            stack.enter_context(_trainer_muted(self._trainer))
+            schedulers = [config.scheduler for config in self._trainer.lr_scheduler_configs]
+            self._snapshot = Snapshot(
+                self._module,
+                *[optimizer.param_groups for optimizer in self._trainer.optimizers],
+                *[vars(scheduler) for scheduler in schedulers],
+            )
             stack.callback(self._snapshot.restore)
             self._parameters = {
                 name: _in_full_precision(p.detach().clone())
@@ -136,7 +150,7 @@ class Probe:
             for name, buffer in self._module.named_buffers()
         }
         substitutes |= parameters
-        own_batch = apply_to_collection(batch, Tensor, lambda t: _in_full_precision(t.clone()))
+        own_batch = apply_to_collection(_copied(batch), Tensor, _in_full_precision)
         captured = CapturedLosses(self._loss_index)
         try:
             if self._mode == "eval":
@@ -177,6 +191,12 @@ def select_parameters(
         ['bias']
     """
     trainable = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+    for name, p in trainable.items():
+        if is_lazy(p):
+            raise ValueError(
+                f"`{name}` must be initialized before training to be measured, got a lazy "
+                "parameter. Run one batch through the module in its `setup` or `configure_model`."
+            )
     if not trainable:
         raise ValueError(
             f"{type(pl_module).__name__} must have a trainable parameter, got none with "
@@ -254,6 +274,14 @@ def seed_global_generators(seed: int) -> None:
     random.seed(seed)
 
 
+def _copied(batch: Any) -> Any:
+    """Return a copy that a step may change in place: of any object, else of all tensors in it."""
+    try:
+        return copy.deepcopy(batch)
+    except Exception:  # a file, a lock, a tensor with a graph
+        return apply_to_collection(batch, Tensor, torch.clone)
+
+
 def _in_full_precision(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
@@ -289,10 +317,16 @@ def _eager() -> Any:
 
 
 @contextmanager
-def _without_loggers(trainer: pl.Trainer) -> Iterator[None]:
+def _trainer_muted(trainer: pl.Trainer) -> Iterator[None]:
+    """Give the Trainer loggers that write nothing and optimizers that do nothing."""
+    strategy = trainer.strategy
     loggers, should_stop = trainer.loggers, trainer.should_stop
+    optimizers, wrapped = strategy._optimizers, strategy._lightning_optimizers
     trainer.loggers = [DummyLogger() for _ in loggers]
+    strategy._optimizers = [cast(Any, InertOptimizer(each)) for each in optimizers]
+    strategy._lightning_optimizers = [cast(Any, InertOptimizer(each)) for each in wrapped]
     try:
         yield
     finally:
+        strategy._optimizers, strategy._lightning_optimizers = optimizers, wrapped
         trainer.loggers, trainer.should_stop = loggers, should_stop

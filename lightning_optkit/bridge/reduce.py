@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import Tensor
 
 __all__ = ["require_whole_parameters", "sum_over_ranks"]
@@ -20,10 +26,11 @@ def sum_over_ranks(trainer: pl.Trainer) -> Callable[[Tensor], Tensor] | None:
     """
     if trainer.world_size == 1:
         return None
-    strategy = trainer.strategy
 
     def reduce(tensor: Tensor) -> Tensor:
-        return cast(Tensor, strategy.reduce(tensor, reduce_op="sum"))
+        # not `strategy.reduce`, which puts a barrier before each sum
+        torch.distributed.all_reduce(tensor)
+        return tensor
 
     return reduce
 
@@ -34,7 +41,9 @@ def require_whole_parameters(strategy: Strategy, name: str) -> None:
     Raises:
         MisconfigurationException: under FSDP, DeepSpeed and model parallelism.
     """
-    if not isinstance(strategy, (DDPStrategy, SingleDeviceStrategy)):
+    whole = isinstance(strategy, (DDPStrategy, SingleDeviceStrategy))
+    shards = isinstance(strategy, (DeepSpeedStrategy, XLAStrategy))  # subclasses of DDP's
+    if not whole or shards:
         raise MisconfigurationException(
             f"`{name}` needs whole parameters on each device, and `{type(strategy).__name__}` may "
             "shard them. Use `strategy='ddp'` or a single device, or remove the callback."

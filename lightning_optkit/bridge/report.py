@@ -55,14 +55,20 @@ def _write(
     arrays: Mapping[str, np.ndarray[Any, Any]],
     figures: Mapping[str, Figure],
 ) -> None:
+    failures = []
     for logger in loggers:
-        if scalars:
-            logger.log_metrics(dict(scalars), step=step)
-        for tag, array in arrays.items():
-            _write_array(logger, tag, array, step)
-        for tag, figure in figures.items():
-            _write_figure(logger, tag, figure, step)
-        logger.save()
+        try:
+            if scalars:
+                logger.log_metrics(dict(scalars), step=step)
+            for tag, array in arrays.items():
+                _write_array(logger, tag, array, step)
+            for tag, figure in figures.items():
+                _write_figure(logger, tag, figure, step)
+            logger.save()
+        except Exception as error:  # the other loggers still get theirs
+            failures.append(error)
+    if failures:
+        raise failures[0]
 
 
 def _experiment(logger: Logger) -> Any:

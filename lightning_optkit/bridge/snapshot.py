@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ Restore = Callable[[], None]
 _FOREIGN = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "builtins", "threading")
 
 
+_DATA = (torch.utils.data.Dataset, pl.LightningDataModule)
+
+
 class Snapshot:
     """Attributes, containers, tensors and random generators reachable from some objects.
 
@@ -33,10 +37,12 @@ class Snapshot:
     with ``__slots__``, open files and whatever lies outside the objects.
 
     Args:
-        roots: where to start.
+        roots: where to start; ``None`` is passed over.
+        max_items: follow datasets too, but no tensor or container with more items than this.
     """
 
-    def __init__(self, *roots: object) -> None:
+    def __init__(self, *roots: object, max_items: int | None = None) -> None:
+        self._max_items = max_items
         self._restores: list[Restore] = []
         self._keep: list[object] = []  # an id is only unique while its object is alive
         seen: set[int] = set()
@@ -56,9 +62,9 @@ class Snapshot:
 
     @classmethod
     @contextmanager
-    def undone(cls, *roots: object) -> Iterator[None]:
+    def undone(cls, *roots: object, max_items: int | None = None) -> Iterator[None]:
         """Undo, on leaving, what happens to the objects meanwhile."""
-        snapshot = cls(*roots)
+        snapshot = cls(*roots, max_items=max_items)
         try:
             yield
         finally:
@@ -66,6 +72,8 @@ class Snapshot:
 
     def _remember(self, item: object) -> Iterable[object]:
         """Store how to restore ``item``; return what to look at next."""
+        if self._max_items is not None and _num_items(item) > self._max_items:
+            return ()
         for kind, remember in _REMEMBER.items():
             if isinstance(item, kind):
                 restore, inside = remember(item)
@@ -73,17 +81,26 @@ class Snapshot:
                 return inside
         if isinstance(item, tuple):
             return item
-        if _is_plain_object(item):
+        follows_data = self._max_items is not None and isinstance(item, _DATA)
+        if follows_data or _is_plain_object(item):
             restore, inside = _dict(vars(item))
             self._restores.append(restore)
             return inside
         return ()
 
 
+def _num_items(item: object) -> int:
+    if isinstance(item, Tensor):
+        return item.numel()
+    if isinstance(item, np.ndarray):
+        return item.size
+    return len(item) if isinstance(item, (dict, list, tuple, set, deque)) else 1
+
+
 def _is_plain_object(item: object) -> bool:
     if isinstance(item, (nn.Module, Sampler)):
         return True
-    if isinstance(item, (type, types.ModuleType, torch.utils.data.Dataset)):
+    if isinstance(item, (type, types.ModuleType, *_DATA)):
         return False
     return hasattr(item, "__dict__") and type(item).__module__.split(".")[0] not in _FOREIGN
 

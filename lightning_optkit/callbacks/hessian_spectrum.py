@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_optkit.board import schema, tags
-from lightning_optkit.bridge.cadence import Cadence
+from lightning_optkit.bridge.cadence import EVERY_EPOCH, Cadence
 from lightning_optkit.bridge.observer import Observer
 from lightning_optkit.bridge.probe import Probe, StepLossFn
 from lightning_optkit.bridge.reduce import sum_over_ranks
@@ -55,13 +56,13 @@ class HessianSpectrum(Observer[HessianReport]):
     **Observer.** Training is bit-identical with or without it.
 
     The Hessian is that of the loss on a few training batches, drawn once and held for the whole
-    run, in the trainable parameters. Up to 4,000 parameters the spectrum is exact. Above, Lanczos
-    quadrature gives shares of positive, negative and zero eigenvalues with certified bounds, and
-    extremes and trace with errors.
+    run, in the trainable parameters. Up to ``exact_below`` parameters the spectrum is exact.
+    Above, Lanczos quadrature gives shares of positive, negative and zero eigenvalues with
+    certified bounds, and extremes and trace with errors.
 
     Args:
-        every_n_epochs: epochs between measurements, or ``None``.
-        every_n_steps: optimizer steps between measurements, or ``None``; exactly one of the two.
+        every_n_epochs: epochs between measurements; 1 unless ``every_n_steps`` is given.
+        every_n_steps: optimizer steps between measurements, in place of ``every_n_epochs``.
         num_batches: training batches held; too few bias ``lambda_max`` upwards. ``None`` takes all
             of ``data``.
         num_matvecs: Lanczos steps of one probe, at least 2.
@@ -80,7 +81,10 @@ class HessianSpectrum(Observer[HessianReport]):
         seed: seeds the choice of batches and the probes.
         loss_index: which ``manual_backward`` of a step gives the loss, counted from 0.
         confidence: probability with which each share lies within its bounds.
-        self_check: compare the first product of a run with independent second derivatives.
+        self_check: compare the first product of each measurement with an independent second
+            derivative: refuses a wrong one, and tells the rounding noise.
+        exact_below: largest number of parameters for which all eigenvalues are computed, at as
+            many products.
         graphs: ``"cached"`` keeps one gradient graph for each held batch; ``"lockstep"`` one at a
             time, and all probes' vectors: less memory where graphs are larger than vectors.
         name: tells several instances of one Trainer apart, for example one for each part of a GAN.
@@ -88,14 +92,15 @@ class HessianSpectrum(Observer[HessianReport]):
     Logged keys:
         ``optkit-hessian/{minimum_ratio, negative_ratio, zero_ratio}``, each with ``_lower`` and
         ``_upper``; ``tol, lambda_max, lambda_min, trace, trace_standard_error, loss,
-        gradient_norm, num_matvecs, num_samples, seconds``, at each measured step: see
-        :data:`lightning_optkit.board.tags.HESSIAN_SCALARS`. To TensorBoard also the quadrature and,
-        at the end of fit, a figure.
+        gradient_norm, gradient_noise, flatness, num_matvecs, num_samples, seconds``, at each
+        measured step: see :data:`lightning_optkit.board.tags.HESSIAN_SCALARS`. To TensorBoard also
+        the quadrature and, at the end of fit, a figure.
 
     Cost:
-        ``num_matvecs * num_probes`` Hessian-vector products a measurement, 1.5 to 2.8 gradients
-        each, on ``num_batches`` batches; memory for ``num_matvecs`` vectors, one copy of the
-        parameters, and the gradient's graph of each held batch.
+        ``num_matvecs * num_probes`` Hessian-vector products a measurement, or one a parameter up
+        to ``exact_below``; 1.5 to 2.8 gradients each, on ``num_batches`` batches. Memory for
+        ``num_matvecs`` vectors, one copy of the parameters, and the gradient's graph of each held
+        batch.
 
     When it misleads:
         With few samples ``lambda_max`` is biased upwards. The minimum ratio varies tenfold with the
@@ -109,7 +114,7 @@ class HessianSpectrum(Observer[HessianReport]):
 
     def __init__(
         self,
-        every_n_epochs: int | None = 1,
+        every_n_epochs: int | None = EVERY_EPOCH,
         every_n_steps: int | None = None,
         num_batches: int | None = 4,
         num_matvecs: int = 80,
@@ -126,6 +131,7 @@ class HessianSpectrum(Observer[HessianReport]):
         loss_index: int = 0,
         confidence: float = 0.99,
         self_check: bool = True,
+        exact_below: int = 1000,
         graphs: Literal["cached", "lockstep"] = "cached",
         name: str | None = None,
     ) -> None:
@@ -155,14 +161,24 @@ class HessianSpectrum(Observer[HessianReport]):
             num_probes=num_probes,
             tol_rel=tol_rel,
             confidence=confidence,
+            exact_below=exact_below,
         )
-        check_settings(**self._spectrum_of.keywords)
+        check_settings(
+            num_matvecs=num_matvecs,
+            num_probes=num_probes,
+            tol_rel=tol_rel,
+            confidence=confidence,
+        )
         self._top_k = top_k
         if graphs not in ("cached", "lockstep"):
             raise ValueError(f"`graphs` must be 'cached' or 'lockstep', got {graphs!r}.")
         self._graphs: Literal["cached", "lockstep"] = graphs
         self._self_check = self_check
-        self._refusal: str | None = None
+        self._refusal: str | None = None  # what is wrong with the layers of this run
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._refusal = None
+        super().on_train_start(trainer, pl_module)
 
     def measure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, probe: Probe
@@ -185,7 +201,6 @@ class HessianSpectrum(Observer[HessianReport]):
             self._refusal = str(error)  # the layers stay wrong, wherever the weights go
             raise
         point = critical_point(operator, spectrum)
-        self._self_check = False  # once a run: what it looks for lies in the layers
         return HessianReport(spectrum, point, float(operator.loss()), int(operator.total_weight))
 
     def scalars(self, result: HessianReport) -> dict[str, float]:
@@ -199,7 +214,7 @@ class HessianSpectrum(Observer[HessianReport]):
         found: dict[str, float] = {}
         for name, share in shares.items():
             found |= {name: share.value, f"{name}_lower": share.lower, f"{name}_upper": share.upper}
-        return found | {
+        found |= {
             "tol": spectrum.tol,
             "lambda_max": spectrum.lambda_max,
             "lambda_min": spectrum.lambda_min,
@@ -207,9 +222,13 @@ class HessianSpectrum(Observer[HessianReport]):
             "trace_standard_error": spectrum.trace_standard_error,
             "loss": result.loss,
             "gradient_norm": result.point.gradient_norm,
+            "gradient_noise": result.point.gradient_noise,
+            "flatness": result.point.flatness,
             "num_matvecs": spectrum.num_matvecs,
             "num_samples": result.num_samples,
         }
+        # the noise of one batch, and the flatness at a gradient of zero, are not defined
+        return {name: value for name, value in found.items() if not math.isnan(value)}
 
     def arrays(self, result: HessianReport) -> dict[str, np.ndarray[Any, Any]]:
         """Return the quadrature."""

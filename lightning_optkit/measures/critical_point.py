@@ -13,9 +13,9 @@ __all__ = ["CriticalPoint", "Kind", "critical_point"]
 
 Kind = Literal["minimum", "maximum", "saddle", "degenerate", "not critical"]
 
-# The step g / max|lambda|, as a share of |theta|, below which a gradient counts as zero: float32
-# resolves no better after the thousand or so additions behind one entry of a gradient.
-_RELATIVE_GRADIENT = 1e-4
+# A gradient counts as zero if a Newton step along any direction that counts as curved, at most
+# |g| / tol long, moves the parameters by under this share.
+_NEWTON_STEP = 1e-2
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class CriticalPoint:
     r"""The kind of a point, with the evidence for it.
 
     Attributes:
-        kind: ``"not critical"`` where the gradient is larger than its noise and not zero up to
-            rounding; else ``"saddle"`` with eigenvalues
+        kind: ``"not critical"`` where the gradient is not small against the smallest curvature
+            that counts, ``tol``; else ``"saddle"`` with eigenvalues
             of both signs, ``"minimum"`` or ``"maximum"`` with one sign only, ``"degenerate"`` where
             zero eigenvalues leave the second-order test open.
         gradient_norm: :math:`\|g\|`, in units of loss per unit of parameter.
@@ -67,8 +67,7 @@ def critical_point(operator: HessianOperator, spectrum: Spectrum) -> CriticalPoi
     flatness = math.nan
     if norm > 0 and radius > 0:
         flatness = float((operator @ gradient).norm()) / (radius * norm)
-    # |g|^2 - noise^2 is the unbiased estimate of the squared gradient on unlimited data
-    is_zero = norm == 0 or norm <= noise or relative <= _RELATIVE_GRADIENT
+    is_zero = norm <= _NEWTON_STEP * spectrum.tol * size
     kind: Kind = _second_order_test(spectrum) if is_zero else "not critical"
     return CriticalPoint(kind, norm, noise, relative, flatness)
 

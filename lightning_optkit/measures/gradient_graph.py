@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -58,8 +57,14 @@ class GradientGraph:
     def products(self, rows: Tensor) -> Tensor:
         """Return ``H v`` for each row ``v`` of ``rows``, shape ``(k, n)``."""
         if len(rows) > 1 and rows.shape[1] <= _BATCHED_BELOW:
-            with contextlib.suppress(RuntimeError):  # an operator without a batching rule
+            try:
                 return self._products_batched(rows)
+            except (torch.OutOfMemoryError, CurvatureError):
+                raise
+            except RuntimeError:  # an operator without a batching rule: one by one
+                pass
+        if len(rows) == 1:  # without a copy
+            return flat(self._product(split(rows[0], self._leaves)), self._leaves)[None]
         products = torch.empty_like(rows, memory_format=torch.contiguous_format)
         for product, v in zip(products, rows, strict=True):
             product.copy_(flat(self._product(split(v.contiguous(), self._leaves)), self._leaves))

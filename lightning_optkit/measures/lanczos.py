@@ -32,7 +32,7 @@ class SymmetricOperator(Protocol):
         """Return the products for ``vectors`` of shape ``(n, k)``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no single truth value
 class Tridiagonal:
     r"""What Lanczos found: :math:`A Q^\top = Q^\top T + \beta_m q_{m+1} e_m^\top` for each lane.
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_optkit.measures.errors import CurvatureError
 from lightning_optkit.measures.gradient_graph import GradientGraph, LossFn, split
+from lightning_optkit.measures.lanczos import rounding_noise
 from lightning_optkit.measures.precision import full_precision
 from lightning_optkit.measures.self_check import check_products
 
@@ -20,7 +23,11 @@ __all__ = ["HessianOperator", "LossFn"]
 
 Reduce = Callable[[Tensor], Tensor]
 
-_DENSE_BLOCK = 64  # columns per batched product: beyond it the time per column no longer falls
+# Steps of all optimizers so far: fused ones move parameters without counting up `_version`.
+_optimizer_steps: Counter[str] = Counter()
+register_optimizer_step_post_hook(lambda *_: _optimizer_steps.update(["all"]))
+
+_DENSE_BLOCK = 16  # columns per batched product: more cost memory and save no time
 
 
 class HessianOperator:
@@ -32,7 +39,8 @@ class HessianOperator:
 
     and ``operator @ v`` is :math:`H v`, exact up to rounding: reverse mode over reverse mode. The
     graph of the gradient is built once per batch and reused by every product until a parameter
-    changes in place, so a product costs 1.5 to 2.8 gradients.
+    changes, so a product costs 1.5 to 2.8 gradients. What writes into ``p.data`` goes unseen: make
+    a new operator then.
 
     Args:
         loss_fn: a function from ``{name: parameter}`` to a scalar loss, or one such function for
@@ -44,8 +52,8 @@ class HessianOperator:
             vectors are multiplied at once.
         reduce: sums a tensor over processes, in place of a single-process identity. Every process
             must then make the same products.
-        self_check: compare the first product with its transpose and with a finite difference, and
-            raise if they disagree. Costs two products and two gradients, once.
+        self_check: compare the first product with its transpose and with an independent second
+            derivative, and raise if they disagree. Costs two products and about six gradients.
 
     Raises:
         TypeError: if a parameter is complex, half precision, sparse or not a tensor.
@@ -79,13 +87,17 @@ class HessianOperator:
             raise ValueError(f"`graphs` must be 'cached' or 'lockstep', got {graphs!r}.")
         self._reduce = reduce
         given = self._checked_weights(weights)
-        own = torch.tensor([sum(given)], dtype=torch.float64, device=self.device)
-        self.total_weight = float(self._reduced(own)[0])
+        self.total_weight = sum(given)
         """Sum of the weights of all batches of all processes: the number of samples."""
+        if reduce is not None:
+            own = torch.tensor([sum(given)], dtype=torch.float64, device=self.device)
+            self.total_weight = float(reduce(own)[0])
         self._weights = [w / self.total_weight for w in given]
         self._cache: list[GradientGraph] | None = [] if graphs == "cached" else None
         self._versions: list[int] = []
         self._unchecked = self_check
+        self.noise = rounding_noise(self.dtype)
+        """Rounding error of an eigenvalue relative to the largest; the self-check may raise it."""
         self.failure: Exception | None = None
         """What made products NaN on this process, where ``reduce`` kept it from being raised."""
         self.num_matvecs = 0
@@ -122,7 +134,7 @@ class HessianOperator:
         if self._unchecked:
             self._unchecked = False  # the check itself makes products
             try:
-                check_products(self)
+                self.noise = max(self.noise, check_products(self))
             except BaseException:
                 self._unchecked = True
                 raise
@@ -191,7 +203,7 @@ class HessianOperator:
         return float(torch.stack(norms).norm())
 
     def gradient_noise(self) -> Tensor:
-        r"""Return the standard error of the gradient's norm, a scalar; NaN for a single batch.
+        r"""Return the norm of the gradient's standard error, a scalar; NaN for a single batch.
 
         The batches are taken as independent draws: the squared standard error of the weighted mean
         is :math:`\sum_b w_b^2 \|g_b - g\|^2 / (1 - \sum_b w_b^2)` with normalised weights.
@@ -230,7 +242,9 @@ class HessianOperator:
             for loss_fn in self._loss_fns:
                 yield GradientGraph(loss_fn, self._leaves())
             return
-        versions = [p._version for p in self._params.values()]
+        versions = [_optimizer_steps["all"]]
+        for p in self._params.values():  # the address moves where `p.data` is replaced
+            versions += [p._version, p.data_ptr()]
         if versions != self._versions:
             self._cache.clear()
             self._versions = versions
@@ -300,6 +314,8 @@ def _check_params(params: Mapping[str, Tensor]) -> None:
     for name, p in params.items():
         if not isinstance(p, Tensor):
             raise TypeError(f"`params[{name!r}]` must be a tensor, got {type(p).__name__}.")
+        if p.is_complex():
+            raise TypeError(f"`params[{name!r}]` must be real, got {p.dtype}: leave it out.")
         if p.layout != torch.strided:
             raise TypeError(f"`params[{name!r}]` must be dense, got {p.layout}: leave it out.")
         if p.dtype not in (torch.float32, torch.float64):

@@ -41,8 +41,26 @@ def _attribute(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any]
 
 
 @contextmanager
+def _autocast_stays_off() -> Iterator[None]:
+    """Make regions of ``torch.autocast`` that are entered inside have no effect."""
+    original = torch.autocast.__init__
+
+    def disabled(self: torch.autocast, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self._enabled = False
+
+    torch.autocast.__init__ = disabled  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__init__ = original  # type: ignore[method-assign]
+
+
+@contextmanager
 def full_precision(device_type: str = "cpu") -> Iterator[None]:
     """Switch autocast, TF32 and reduced-precision float32 kernels off, and back again on leaving.
+
+    Regions of ``torch.autocast`` inside have no effect.
 
     Args:
         device_type: ``torch.device.type`` of the tensors that are computed with.
@@ -60,6 +78,7 @@ def full_precision(device_type: str = "cpu") -> Iterator[None]:
     with ExitStack() as stack:
         for kind in {device_type, "cpu"}:
             stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(_autocast_stays_off())
         try:
             for _, put, exact in _switches():
                 put(exact)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_optkit.measures.errors import CurvatureError
-from lightning_optkit.measures.lanczos import Tridiagonal, lanczos, rounding_noise
+from lightning_optkit.measures.lanczos import Tridiagonal, lanczos
 from lightning_optkit.measures.operators import HessianOperator
 from lightning_optkit.measures.quadrature import gauss
 from lightning_optkit.measures.shares import Share, certified_shares, exact_shares
@@ -21,7 +21,7 @@ from lightning_optkit.measures.shares import Share, certified_shares, exact_shar
 __all__ = ["Spectrum", "check_settings", "hessian_spectrum"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no single truth value
 class Spectrum:
     r"""Eigenvalues of a symmetric operator, exact or as Lanczos quadrature, with error bars.
 
@@ -237,7 +237,7 @@ def hessian_spectrum(
 
     valid = nodes[~nodes.isnan()]
     radius = float(valid.abs().max())
-    noise = max(rounding_noise(operator.dtype) * radius, 1e-300)
+    noise = max(operator.noise * radius, 1e-300)
     tol = max(tol_rel * radius, 4 * noise)
     if exact:
         shares = exact_shares(valid, tol, noise)

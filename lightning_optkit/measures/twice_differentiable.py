@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 __all__ = ["twice_differentiable"]
 
@@ -23,12 +24,39 @@ def twice_differentiable() -> Iterator[None]:
     * weight normalisation: plain arithmetic; the second derivative of the fused kernel is wrong by
       20 to 60 % in torch 2.13, old and new interface alike;
     * recurrent layers on CUDA: without cuDNN, which has no double backward;
-    * embeddings with ``sparse=True``: dense gradients.
+    * embeddings with ``sparse=True``: dense gradients;
+    * activation checkpointing: off, since it would run the module again at each product.
 
     Values do not change beyond rounding.
     """
-    with sdpa_kernel(SDPBackend.MATH), _TwiceDifferentiable():
+    with sdpa_kernel(SDPBackend.MATH), _without_checkpointing(), _TwiceDifferentiable():
         yield
+
+
+@contextmanager
+def _without_checkpointing() -> Iterator[None]:
+    """Make ``checkpoint(function, ...)``, of either kind, a plain call of the function."""
+
+    class Plain:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+            return function(*args)
+
+    def nothing_to_recompute(*args: Any, **kwargs: Any) -> Iterator[None]:
+        yield
+
+    inner = {
+        "CheckpointFunction": Plain,
+        "_checkpoint_without_reentrant_generator": nothing_to_recompute,
+    }
+    before = {name: getattr(checkpoint, name) for name in inner if hasattr(checkpoint, name)}
+    for name in before:
+        setattr(checkpoint, name, inner[name])
+    try:
+        yield
+    finally:
+        for name, original in before.items():
+            setattr(checkpoint, name, original)
 
 
 class _TwiceDifferentiable(TorchFunctionMode):

@@ -144,8 +144,8 @@ def test_overhead_is_the_share_of_wall_time():
     [
         ({}, "Exactly one of .* got every_n_steps=None and every_n_epochs=None"),
         ({"every_n_steps": 1, "every_n_epochs": 1}, "Exactly one of"),
-        ({"every_n_steps": 0}, "`every_n_steps` must be at least 1, got 0"),
-        ({"every_n_epochs": -1}, "`every_n_epochs` must be at least 1, got -1"),
+        ({"every_n_steps": 0}, "`every_n_steps` must be an integer of at least 1, got 0"),
+        ({"every_n_epochs": -1}, "`every_n_epochs` must be an integer of at least 1, got -1"),
         ({"every_n_steps": 1, "max_overhead": 0.0}, r"`max_overhead` must be a share.*got 0\.0"),
         ({"every_n_steps": 1, "max_overhead": 5.0}, "`max_overhead` must be a share"),
     ],

@@ -1,3 +1,5 @@
+import random
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -183,7 +185,9 @@ def test_transfer_hooks_are_applied():
 
 
 def test_data_that_can_be_read_once_is_refused_before_the_first_step():
-    with pytest.raises(MisconfigurationException, match=r"OneShot.*only once.*Pass `data="):
+    with pytest.raises(
+        MisconfigurationException, match=r"readable twice, got OneShot.*Pass `data="
+    ):
         fit(OneShot(), Drawer())
 
 
@@ -191,3 +195,47 @@ def test_data_without_a_batch_is_refused():
     empty = DataLoader(TensorDataset(torch.zeros(3, 1)), 4, drop_last=True)
     with pytest.raises(MisconfigurationException, match="at least one batch"):
         fit(LOADERS["shuffled"](), Drawer(data=empty))
+
+
+class OwnNoise(Numbers):
+    """Draws from its own stream, and counts."""
+
+    def __init__(self):
+        self.stream = random.Random(3)
+        self.generator = torch.Generator().manual_seed(3)
+        self.calls = 0
+
+    def __getitem__(self, i):
+        self.calls += 1
+        noise = self.stream.random() + torch.rand((), generator=self.generator).item()
+        return torch.tensor([i + noise + self.calls])
+
+
+def test_datasets_with_a_state_are_put_back():
+    untouched = fit(DataLoader(OwnNoise(), 4, shuffle=True))
+    drawer = Drawer()
+    assert_same(untouched, fit(DataLoader(OwnNoise(), 4, shuffle=True), drawer))
+    assert len(drawer.held) == 2
+
+
+class Doubling(DataLoader):
+    def __iter__(self):
+        return (2 * batch for batch in super().__iter__())
+
+
+def test_a_loader_with_its_own_iteration_is_iterated():
+    drawer = Drawer(num_batches=1)
+    fit(Doubling(Numbers(), 4), drawer)
+    assert drawer.held[0].batch.flatten().tolist() == [0, 2, 4, 6]
+
+
+def test_no_more_batches_are_held_than_are_trained_on():
+    drawer = Drawer(num_batches=5)
+    fit(DataLoader(Numbers(), 4), drawer, limit_train_batches=3)
+    assert len(drawer.held) == 3
+
+
+def test_batches_that_can_be_drawn_once_are_refused():
+    once = DataLoader(Numbers(), batch_sampler=([i] for i in range(8)))
+    with pytest.raises(MisconfigurationException, match=r"readable twice.*Pass `data="):
+        fit(LOADERS["shuffled"](), Drawer(data=once))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 from torch import nn
@@ -19,13 +20,14 @@ from torch.utils.data import DataLoader
 
 from lightning_optkit import HessianSpectrum
 from lightning_optkit.board import tags
+from lightning_optkit.bridge.reduce import require_whole_parameters
 from lightning_optkit.measures import HessianOperator, hessian_spectrum
 from tests.contracts import assert_observer
-from tests.modules import MODULES, Classifier, image_loader, images
+from tests.modules import MODULES, image_loader, images
 
 
 def every_step(**options) -> HessianSpectrum:
-    defaults = {"every_n_epochs": None, "every_n_steps": 1, "max_overhead": None, "num_batches": 2}
+    defaults = {"every_n_steps": 1, "max_overhead": None, "num_batches": 2}
     return HessianSpectrum(**defaults | {"num_matvecs": 4, "num_probes": 1} | options)
 
 
@@ -135,7 +137,8 @@ def test_autocast_does_not_reach_the_measurement(precision):
     module = Plain(learning_rate=0.0)
     if precision == "bf16-true":
         module = module.to(torch.bfloat16)
-    trainer = train(module, image_loader(), every_step(num_batches=8), precision=precision)
+    all_data = every_step(data=image_loader(), num_batches=None)
+    trainer = train(module, image_loader(), all_data, precision=precision)
     logged = trainer.callback_metrics["optkit-hessian/lambda_max"].item()
     plain = Plain()
     plain.load_state_dict({k: v.float() for k, v in module.state_dict().items()})
@@ -174,7 +177,9 @@ def test_parts_of_a_gan_by_name():
     trainer = train(module, data, critic, generator)
     metrics = trainer.callback_metrics
     ours = sum(p.numel() for p in module.critic.parameters())
-    assert metrics["optkit-hessian-critic/num_matvecs"] == ours  # exact: a product a parameter
+    assert (
+        metrics["optkit-hessian-critic/num_matvecs"] == ours + 2
+    )  # exact: a product a parameter, and the self-check's two
     assert metrics["optkit-hessian-generator/lambda_max"] > 0
 
 
@@ -252,7 +257,7 @@ def test_two_observers_resume_from_one_checkpoint(tmp_path):
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
     )  # fmt: skip
     again.fit(module, data, ckpt_path=tmp_path / "last.ckpt")
-    assert again.callback_metrics["optkit-hessian-head/num_matvecs"] == 16
+    assert again.callback_metrics["optkit-hessian-head/num_matvecs"] == 16 + 2
 
 
 # -- bad input, before the first step ----------------------------------------------------------
@@ -264,12 +269,12 @@ def test_two_observers_resume_from_one_checkpoint(tmp_path):
         ({"curvature": "fisher"}, ValueError, "`curvature` must be 'hessian', got 'fisher'"),
         ({"num_matvecs": 1}, ValueError, "`num_matvecs` must be at least 2, got 1"),
         ({"num_probes": 0}, ValueError, "`num_probes` must be at least 1, got 0"),
-        ({"every_n_steps": 2}, ValueError, "Exactly one of"),
+        ({"every_n_epochs": 1, "every_n_steps": 2}, ValueError, "Exactly one of"),
         ({"every_n_epochs": None}, ValueError, "Exactly one of"),
         ({"tol_rel": -1.0}, ValueError, "`tol_rel` must be at least 0"),
         ({"confidence": 99}, ValueError, "`confidence` must be between 0 and 1"),
         ({"mode": "test"}, ValueError, "`mode` must be 'eval' or 'train', got 'test'"),
-        ({"num_batches": 0}, ValueError, "`num_batches` must be at least 1"),
+        ({"num_batches": 0}, ValueError, "`num_batches` must be an integer of at least 1, got 0"),
         ({"num_batches": None}, ValueError, "unless `data=` is given"),
         ({"graphs": "none"}, ValueError, "`graphs` must be 'cached' or 'lockstep', got 'none'"),
         ({"top_k": 0}, ValueError, "`top_k` must be at least 1"),
@@ -418,9 +423,8 @@ class TestOnGpu:
             torch.use_deterministic_algorithms(False)
 
     def test_spectrum_is_that_of_the_cpu(self):
-        torch.backends.cuda.matmul.allow_tf32 = True
-        module, data = Classifier(), image_loader(shuffle=False)
-        module.learning_rate = 0.0
+        torch.backends.cuda.matmul.allow_tf32 = True  # the measurement switches it off
+        data = image_loader(shuffle=False)
         found = {}
         for accelerator in ("cpu", "gpu"):
             torch.manual_seed(0)
@@ -429,3 +433,88 @@ class TestOnGpu:
             found[accelerator] = trainer.callback_metrics["optkit-hessian/lambda_max"].item()
         assert found["gpu"] == pytest.approx(found["cpu"], rel=1e-4)
         assert torch.backends.cuda.matmul.allow_tf32
+
+
+# -- what steps do, and must not show --------------------------------------------------------------
+
+
+class TouchesOptimizers(Plain):
+    """Decays its learning rate by hand and uses the Trainer's lists."""
+
+    def training_step(self, batch, batch_idx):
+        self.optimizers().param_groups[0]["lr"] *= 0.9
+        self.trainer.optimizers[0].param_groups[0]["momentum"] += 0.01
+        self.trainer.optimizers[0].zero_grad()
+        self.trainer.lr_scheduler_configs[0].scheduler.step()
+        assert isinstance(self.optimizers().optimizer, torch.optim.SGD)
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)]
+
+
+class Checkpointed(Plain):
+    """Recomputes a part with dropout in it."""
+
+    def training_step(self, batch, batch_idx):
+        hidden = torch.utils.checkpoint.checkpoint(
+            lambda x: nn.functional.dropout(self.net[:3](x), 0.2, self.training),
+            batch[0],
+            use_reentrant=False,
+        )
+        return cross_entropy(self.net[3](hidden), batch[1])
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("kind", [TouchesOptimizers, Checkpointed])
+def test_training_is_bit_identical_for_steps_that_reach_far(kind):
+    ends = []
+    for callbacks in ([], [every_step()]):
+        pl.seed_everything(5, verbose=False)
+        module = kind()
+        trainer = train(module, image_loader(), *callbacks, max_epochs=2)
+        group = {k: v for k, v in trainer.optimizers[0].param_groups[0].items() if k != "params"}
+        ends.append((group, [p.clone() for p in module.parameters()]))
+    assert ends[0][0] == ends[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(ends[0][1], ends[1][1], strict=True))
+    assert "optkit-hessian/lambda_max" in trainer.callback_metrics
+
+
+class OwnAutocast(Plain):
+    def training_step(self, batch, batch_idx):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = self.net(batch[0])
+        return cross_entropy(logits.float(), batch[1])
+
+
+def test_autocast_inside_a_step_does_not_reach_the_measurement():
+    found = []
+    for kind in (Plain, OwnAutocast):
+        pl.seed_everything(5, verbose=False)
+        module = kind(learning_rate=0.0)
+        found.append(train(module, image_loader(), every_step()).callback_metrics)
+    for key in ("lambda_max", "minimum_ratio", "tol"):
+        tag = f"optkit-hessian/{key}"
+        assert found[0][tag] == found[1][tag]
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec")
+def test_a_refused_module_does_not_spoil_the_next():
+    observer = every_step()
+    with pytest.warns(UserWarning, match="wrong second derivatives"):
+        train(Failing(OnceDifferentiable.apply), image_loader(), observer)
+    trainer = train(Plain(), image_loader(), observer)
+    assert "optkit-hessian/lambda_max" in trainer.callback_metrics
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec")
+def test_running_out_of_memory_names_the_way_out():
+    with pytest.warns(UserWarning, match="Hold fewer batches"):
+        train(Failing(out_of_memory), image_loader(), every_step())
+
+
+@pytest.mark.parametrize("strategy", [DeepSpeedStrategy, XLAStrategy])
+def test_strategies_that_only_look_like_ddp_are_refused(strategy):
+    with pytest.raises(MisconfigurationException, match=f"`{strategy.__name__}` may shard"):
+        require_whole_parameters(object.__new__(strategy), "HessianSpectrum")

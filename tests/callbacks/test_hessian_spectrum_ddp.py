@@ -22,7 +22,7 @@ DDP = {"strategy": "ddp", "devices": 2, "limit_train_batches": 3}
 
 
 def every_step(**options: Any) -> HessianSpectrum:
-    defaults = {"every_n_epochs": None, "every_n_steps": 1, "max_overhead": None, "num_batches": 2}
+    defaults = {"every_n_steps": 1, "max_overhead": None, "num_batches": 2}
     return HessianSpectrum(**defaults | {"num_matvecs": 4, "num_probes": 1} | options)
 
 

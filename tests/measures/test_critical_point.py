@@ -84,9 +84,9 @@ def test_textbook_points():
     assert kind_at(lambda p: p["w"].sum(), torch.zeros(3)).kind == "not critical"  # no curvature
 
 
-@pytest.mark.parametrize(("shift", "kind"), [(0.5e-4, "minimum"), (2e-4, "not critical")])
+@pytest.mark.parametrize(("shift", "kind"), [(0.5e-5, "minimum"), (2e-5, "not critical")])
 def test_a_gradient_counts_as_zero_below_a_relative_threshold(shift, kind):
-    """The step g / lambda against the size of the parameters: 1e-4."""
+    """A Newton step g / tol, with tol = 1e-3 lambda, against 1 % of the parameters."""
     w = torch.full((4,), 1 + shift, dtype=torch.float64)
     found = kind_at(Bowl([3.0] * 4), w)
     assert found.relative_gradient == pytest.approx(shift, rel=1e-3)
@@ -116,10 +116,9 @@ def noisy_batches(mean: float, spread: float, count: int = 40):
 
 @pytest.mark.parametrize(
     ("mean", "kind"),
-    [(0.0, "minimum"), (0.9, "minimum"), (1.1, "not critical")],  # in standard errors
+    [(0.0, "minimum"), (0.9, "not critical"), (1.1, "not critical")],  # in standard errors
 )
-def test_a_gradient_within_its_noise_counts_as_zero(mean, kind):
-    # small, so that the relative threshold does not decide
+def test_noise_is_evidence_and_decides_nothing(mean, kind):
     w = torch.full((3,), 1e-3, dtype=torch.float64)
     spread = 1.0
     silent = kind_at(noisy_batches(0.0, spread), w)
@@ -132,7 +131,7 @@ def test_a_gradient_within_its_noise_counts_as_zero(mean, kind):
     assert found.kind == kind
 
 
-def test_a_single_batch_has_no_noise_to_hide_in():
+def test_a_single_batch_has_no_noise():
     w = torch.full((3,), 1e-3, dtype=torch.float64)
     found = kind_at(noisy_batches(1.0, 1.0, count=1), w)
     assert math.isnan(found.gradient_noise)

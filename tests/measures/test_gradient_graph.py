@@ -19,10 +19,15 @@ def test_a_layer_without_a_second_derivative_is_refused_with_the_way_out(k):
         op @ torch.ones(6, k, dtype=torch.float64)
 
 
-def test_a_reentrant_checkpoint_is_refused_with_the_way_out():
-    op = HessianOperator(lambda p: checkpoint(torch.tanh, p["w"], use_reentrant=True).sum(), W)
-    with pytest.raises(RuntimeError, match="set use_reentrant=False"):
-        op @ torch.ones(6, dtype=torch.float64)
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpoint_is_a_plain_call(use_reentrant):
+    """Recomputed at each product it would need the module as it was at the first."""
+    op = HessianOperator(
+        lambda p: checkpoint(torch.tanh, p["w"], use_reentrant=use_reentrant).sum(), W
+    )
+    plain = HessianOperator(lambda p: torch.tanh(p["w"]).sum(), W)
+    ones = torch.ones(6, dtype=torch.float64)
+    assert torch.equal(op @ ones, plain @ ones)
 
 
 class Raises(torch.autograd.Function):

@@ -311,6 +311,28 @@ def test_gradient_loss_and_norm_of_a_quadratic():
     assert torch.equal(op.gradient(), op.gradient(torch.zeros(10, dtype=torch.float64)))
 
 
+@pytest.mark.parametrize("graphs", GRAPHS)
+@pytest.mark.parametrize("size", [1, 10])
+def test_asking_twice_gives_the_same_answer(size, graphs):
+    """Weights are multiplied in place: never into what the graphs keep."""
+    matrix = symmetric(SPECTRA["distinct"][-size:])
+    losses = [Quadratic(matrix), Quadratic(3 * matrix)]
+    op = HessianOperator(losses, random_params((size,)), weights=[1, 4], graphs=graphs)
+    v = vectors(size, 2)
+    quantities = [
+        lambda: op @ v,
+        lambda: op @ v[:, 0],
+        op.gradient,
+        lambda: op.gradient(v[:, 0]),
+        lambda: op.forward_mode_product(v[:, 0]),
+        op.loss,
+        op.gradient_noise,
+    ]
+    first = [quantity().clone() for quantity in quantities]
+    for quantity, answer in zip(quantities, first, strict=True):
+        assert torch.equal(quantity(), answer)
+
+
 def test_forward_mode_product_is_the_same_product():
     net, x, y = net_and_data()
     params = dict(net.named_parameters())
@@ -640,3 +662,14 @@ def test_other_errors_of_the_loss_come_through_as_they_are():
     op = HessianOperator(broken, {"w": torch.ones(2)})
     with pytest.raises(OSError, match="the data is gone"):
         op @ torch.ones(2)
+
+
+def test_a_fused_optimizer_step_gives_the_new_hessian():
+    """Fused kernels move parameters without counting up their version."""
+    w = torch.nn.Parameter(torch.linspace(1, 2, 5))
+    op = HessianOperator(lambda p: p["w"].pow(4).sum(), {"w": w}, self_check=False)
+    ones = torch.ones(5)
+    op @ ones
+    w.grad = torch.ones(5)
+    torch.optim.Adam([w], lr=0.1, fused=True).step()
+    torch.testing.assert_close(op @ ones, 12 * w.detach().square())

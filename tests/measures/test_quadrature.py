@@ -70,11 +70,14 @@ def leak(eigenvalues: Tensor, threshold: float, perturbation: float) -> float:
     return 2 * perturbation / (gap - perturbation) if gap > 3 * perturbation else 1.0
 
 
-def thresholds(eigenvalues: Tensor, ritz_values: Tensor, radius: float) -> list[float]:
+def thresholds(
+    eigenvalues: Tensor, ritz_values: Tensor, radius: float, slack: float
+) -> list[float]:
     """Return thresholds that coincide with eigenvalues and Ritz values, and lie around them."""
     at = [*eigenvalues.tolist(), *ritz_values.tolist()]
     beside = [t + s * radius * r for t in at[:6] for s in (-1, 1) for r in (1e-16, 1e-9, 1e-3)]
-    return [*at, *beside, 0.0, 1e-3 * radius, -1e-3 * radius, 2 * radius, -2 * radius]
+    poles = [t + s * slack for t in ritz_values.tolist() for s in (-1, 1)]
+    return [*at, *beside, *poles, 0.0, 1e-3 * radius, -1e-3 * radius, 2 * radius, -2 * radius]
 
 
 @reproducible
@@ -89,6 +92,16 @@ def thresholds(eigenvalues: Tensor, ritz_values: Tensor, radius: float) -> list[
 @example(spectrum=[0.0] * 10, steps=3, seed=0, spread=0.0, dtype=torch.float64)
 @example(spectrum=[-2.0, 2.0], steps=1, seed=0, spread=0.0, dtype=torch.float64)
 @example(spectrum=[1.0, 1.0 + 1e-15, 2.0, 3.0], steps=3, seed=0, spread=0.0, dtype=torch.float64)
+@example(  # neighbours closer than rounding: the two bounds would cross by 2e-8
+    spectrum=[
+        *(2.999999999999998, 3e-14, 1.0000000002, 0.001, -1.0000000000000009, -1.0000000000007),
+        *(-1.00000000000004, 2.999999995, 0.0010000000000300001, -0.001, -0.999999999999993),
+    ],
+    steps=9,
+    seed=976,
+    spread=0.0,
+    dtype=torch.float64,
+)
 @example(spectrum=[0.0] * 20 + FEW, steps=4, seed=1, spread=0.0, dtype=torch.float32)
 def test_bounds_hold_the_true_mass(spectrum, steps, seed, spread, dtype):
     eigenvalues = torch.tensor(spectrum, dtype=dtype)  # rounded first: then diagonal is exact
@@ -99,7 +112,7 @@ def test_bounds_hold_the_true_mass(spectrum, steps, seed, spread, dtype):
     slack = max(rounding_noise(dtype) * radius, 1e-300)
     # In float32 the start vector itself is rounded, and its square with it.
     start_error = 4 * torch.finfo(dtype).eps if dtype == torch.float32 else 0.0
-    for t in thresholds(eigenvalues, gauss(a, b)[0], radius):
+    for t in thresholds(eigenvalues, gauss(a, b)[0], radius, slack):
         lower, upper = mass_below(a, b, t, slack=slack)
         assert 0 <= lower <= upper <= 1
         error = start_error + leak(eigenvalues, t, slack / 4)

@@ -180,6 +180,24 @@ def test_kinks_are_not_mistaken_without_forward_mode_either(monkeypatch):
         assert bool(torch.isfinite(op @ ones(op)).all())
 
 
+def test_a_kink_at_the_point_itself_is_left_in_peace(monkeypatch):
+    """No step is short enough here: torch's own operators are believed, custom ones are not."""
+
+    def no_forward_mode(self: HessianOperator, vector: Tensor) -> Tensor:
+        raise NotImplementedError("Trying to use forward AD with some_operator")
+
+    w = torch.full((4,), 1e-12, dtype=torch.float64)
+    with monkeypatch.context() as patch:
+        patch.setattr(HessianOperator, "forward_mode_product", no_forward_mode)
+        op = HessianOperator(lambda p: (p["w"].abs() + p["w"].square() / 2).sum(), {"w": w})
+        assert (op @ ones(op)).tolist() == [1, 1, 1, 1]
+    custom = HessianOperator(
+        lambda p: (p["w"].abs() + HonestSquare.apply(p["w"]) / 2).sum(), {"w": w}
+    )
+    with pytest.raises(CurvatureError, match="finite difference of gradients"):
+        custom @ ones(custom)
+
+
 def test_a_float32_net_near_a_minimum_is_not_refused():
     """Gradients near zero next to a large curvature: the check must scale by the product."""
     w = torch.full((50,), 1e-4)
@@ -283,3 +301,37 @@ def test_slopes_are_compared_at_shorter_and_shorter_steps(monkeypatch):
     module.check_products(HessianOperator(loss, {"w": w}, self_check=False))
     assert len(steps) >= 4
     assert steps[2] == pytest.approx(steps[0] / 10)
+
+
+@pytest.mark.parametrize("activation", [nn.GELU, nn.ReLU])
+def test_rounding_near_convergence_is_noise_and_no_wrong_layer(activation):
+    """Softmax cancels most digits at a loss of 1e-6: shares must allow for it, not be refused."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 12), activation(), nn.Linear(12, 4))
+        x = torch.randn(60, 8)
+        y = x[:, :4].argmax(1)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
+
+    def loss(p):
+        return cross_entropy(functional_call(net, p, (x.to(p["0.bias"]),)), y)
+
+    for _ in range(4000):
+        optimizer.zero_grad()
+        value = loss(dict(net.named_parameters()))
+        value.backward()
+        optimizer.step()
+        if value.item() < 2e-6:
+            break
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    found = hessian_spectrum(HessianOperator(loss, params))
+    exact = torch.linalg.eigvalsh(
+        HessianOperator(loss, {n: p.double() for n, p in params.items()}).dense()
+    )
+    for share, truth in (
+        (found.positive, exact > found.tol),
+        (found.negative, exact < -found.tol),
+        (found.zero, exact.abs() <= found.tol),
+    ):
+        assert share.lower <= float(truth.double().mean()) <= share.upper
+    assert abs(found.lambda_max - float(exact[-1])) <= found.noise
