@@ -143,7 +143,7 @@ class Tally:
 
 
 def test_certified_intervals_hold_the_exact_share():
-    """Over 720 intervals, float32 and float64, at tolerances from a hundredth down to rounding."""
+    """Over 576 intervals, float32 and float64, at tolerances from a hundredth down to rounding."""
     generator = torch.Generator().manual_seed(0)  # one stream: every probe is another one
     tallies = {"float64": Tally(), "float32": Tally(), "matrix": Tally()}
     for point in all_points():
@@ -155,7 +155,7 @@ def test_certified_intervals_hold_the_exact_share():
             "matrix": MatrixOperator(matrix),  # the same Hessian, three times as fast
         }
         for route, operator in operators.items():
-            for _ in range(3 if route == "matrix" else 1):
+            for _ in range(2 if route == "matrix" else 1):
                 for tol_rel in TOLERANCES:
                     spectrum = hessian_spectrum(
                         operator,
@@ -169,7 +169,7 @@ def test_certified_intervals_hold_the_exact_share():
     for route, tally in tallies.items():
         print(f"\n{route}: {tally}")
 
-    assert [len(t.certified) for t in tallies.values()] == [144, 144, 432]
+    assert [len(t.certified) for t in tallies.values()] == [144, 144, 288]
     everything = [hit for tally in tallies.values() for hit in tally.certified]
     assert np.mean(everything) >= CONFIDENCE
     for tally in tallies.values():

@@ -58,6 +58,27 @@ def test_other_errors_pass_as_they_are(error):
     assert not isinstance(raised.value, CurvatureError)
 
 
+class HungryInBatches(torch.autograd.Function):
+    """Runs out of memory in a batched backward; one by one it would not."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, g):
+        if torch._C._functorch.is_legacy_batchedtensor(g):
+            raise torch.OutOfMemoryError("out of memory")
+        return HungryInBatches.apply(g)
+
+
+def test_memory_that_runs_out_in_a_batch_is_not_hidden():
+    op = HessianOperator(lambda p: HungryInBatches.apply(p["w"]).sin().sum(), W, self_check=False)
+    op @ torch.ones(6, dtype=torch.float64)
+    with pytest.raises(torch.OutOfMemoryError):
+        op @ torch.ones(6, 2, dtype=torch.float64)
+
+
 def test_split_and_flat_are_inverse_and_keep_each_dtype():
     params = {"a": torch.ones(2, 3), "b": torch.ones((), dtype=torch.float64), "c": torch.ones(4)}
     vector = torch.arange(11.0, dtype=torch.float64)

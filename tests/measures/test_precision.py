@@ -148,6 +148,19 @@ def test_autocast_is_off_inside_and_on_again_afterwards(device_type):
         assert (x @ x).dtype == torch.bfloat16
 
 
+def test_a_region_of_autocast_inside_has_no_effect():
+    x = torch.ones(2, 2)
+    original = torch.autocast.__init__
+    with full_precision(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not torch.is_autocast_enabled("cpu")
+        assert (x @ x).dtype == torch.float32
+    with pytest.raises(KeyError), full_precision():
+        raise KeyError
+    assert torch.autocast.__init__ is original
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (x @ x).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("graphs", ["cached", "lockstep"])
 @pytest.mark.parametrize("quantity", ["product", "gradient", "shifted gradient", "forward mode"])
 def test_an_operator_measures_in_full_precision_and_leaves_no_trace(quantity, graphs):

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from lightning_optkit.measures import CurvatureError, HessianOperator, hessian_spectrum
 from lightning_optkit.measures import self_check as module
+from lightning_optkit.measures.lanczos import rounding_noise
 from tests.quadratics import Quadratic, random_params, symmetric
 
 
@@ -95,6 +96,38 @@ def test_a_refused_operator_stays_refused(place):
     for _ in range(2):
         with pytest.raises(CurvatureError, match="once_differentiable"):
             op @ ones(op)
+
+
+def test_an_opaque_loss_is_refused_where_a_random_direction_does_not_meet_it():
+    """Its own curvature is lost, so products of random vectors avoid it; the gradient does not."""
+    w = torch.tensor([3.0, 1.0], dtype=torch.float64)
+    op = HessianOperator(lambda p: OpaqueSquare.apply(p["w"][0]) + p["w"][1].square(), {"w": w})
+    with pytest.raises(CurvatureError, match="once_differentiable"):
+        op @ ones(op)
+
+
+def test_the_check_measures_the_noise_of_products():
+    """Cancellation costs digits: what products then carry goes into the tolerance."""
+    rounding = rounding_noise(torch.float32)
+    clean = HessianOperator(lambda p: p["w"].pow(2).sum(), {"w": torch.linspace(1, 2, 5)})
+    assert clean.noise == rounding
+    clean @ torch.ones(5)
+    assert clean.noise == rounding
+
+    x = torch.linspace(-1, 1, 12).view(4, 3) + torch.eye(4, 3)
+    y = torch.tensor([0, 1, 2, 2])
+    logits = torch.linalg.pinv(x) @ (16.0 * torch.eye(3)[y])  # a loss near 1e-6: mostly cancelled
+    op = HessianOperator(lambda p: cross_entropy(x @ p["w"], y), {"w": logits})
+    found = hessian_spectrum(op, tol_rel=0)
+    truth = HessianOperator(
+        lambda p: cross_entropy(x.double() @ p["w"], y), {"w": logits.double()}
+    ).dense()
+    error = float((op.dense() - truth).norm() / truth.norm())
+    assert error > rounding
+    assert op.noise > rounding
+    assert found.tol == pytest.approx(4 * op.noise * found.spectral_radius, rel=1e-6)
+    unchecked = HessianOperator(lambda p: p["w"].sum(), {"w": logits}, self_check=False)
+    assert unchecked.noise == rounding
 
 
 def test_the_opaque_loss_is_wrong_without_a_word_from_torch():
