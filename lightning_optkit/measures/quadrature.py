@@ -67,8 +67,9 @@ def mass_below(
 
     .. math:: \sum_{\theta < t} w \;\le\; \mu_v(-\infty, t] \;\le\; \sum_{\theta \le t} w .
 
-    Rounding moves the measure by no more than ``slack``, so the lower bound is taken at
-    ``t - slack`` and the upper one at ``t + slack``.
+    Rounding moves an eigenvalue by no more than ``slack``, so the lower bound is taken at
+    ``t - slack`` and the upper one at ``t + slack``. The mass of one vector may besides leak across
+    a gap between eigenvalues, by twice ``slack / gap``; the number of eigenvalues does not.
 
     Args:
         diagonal: shape ``(m,)``, float64.
