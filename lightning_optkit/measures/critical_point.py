@@ -24,9 +24,9 @@ class CriticalPoint:
 
     Attributes:
         kind: ``"not critical"`` where the gradient is not small against the smallest curvature
-            that counts, ``tol``; else ``"saddle"`` with eigenvalues
-            of both signs, ``"minimum"`` or ``"maximum"`` with one sign only, ``"degenerate"`` where
-            zero eigenvalues leave the second-order test open.
+            that counts, ``tol``; else ``"saddle"`` with eigenvalues of both signs, ``"minimum"`` or
+            ``"maximum"`` with one sign only, ``"degenerate"`` where zero eigenvalues leave the
+            second-order test open.
         gradient_norm: :math:`\|g\|`, in units of loss per unit of parameter.
         gradient_noise: standard error of the gradient over the batches; NaN for a single batch.
         relative_gradient: :math:`\|g\| / (\max|\lambda| \, \|\theta\|)`, dimensionless.

@@ -211,10 +211,14 @@ class OwnNoise(Numbers):
         return torch.tensor([i + noise + self.calls])
 
 
-def test_datasets_with_a_state_are_put_back():
-    untouched = fit(DataLoader(OwnNoise(), 4, shuffle=True))
+@pytest.mark.parametrize("sampler", [None, SubsetRandomSampler(range(24))])
+def test_datasets_with_a_state_are_put_back(sampler):
+    def loader():
+        return DataLoader(OwnNoise(), 4, sampler=sampler)
+
+    untouched = fit(loader())
     drawer = Drawer()
-    assert_same(untouched, fit(DataLoader(OwnNoise(), 4, shuffle=True), drawer))
+    assert_same(untouched, fit(loader(), drawer))
     assert len(drawer.held) == 2
 
 

@@ -475,7 +475,9 @@ def test_training_is_bit_identical_for_steps_that_reach_far(kind):
         module = kind()
         trainer = train(module, image_loader(), *callbacks, max_epochs=2)
         group = {k: v for k, v in trainer.optimizers[0].param_groups[0].items() if k != "params"}
-        ends.append((group, [p.clone() for p in module.parameters()]))
+        gradients = [p.grad for p in module.parameters()]
+        assert all(gradient is not None for gradient in gradients)  # none was zeroed
+        ends.append((group, [*module.parameters(), *gradients]))
     assert ends[0][0] == ends[1][0]
     assert all(torch.equal(a, b) for a, b in zip(ends[0][1], ends[1][1], strict=True))
     assert "optkit-hessian/lambda_max" in trainer.callback_metrics
