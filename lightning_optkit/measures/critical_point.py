@@ -6,16 +6,22 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from lightning_optkit.measures.operators import HessianOperator
+from lightning_optkit.measures.shares import Share
 from lightning_optkit.measures.spectrum import Spectrum
 
-__all__ = ["CriticalPoint", "Kind", "critical_point"]
+__all__ = ["CriticalPoint", "Descent", "Kind", "critical_point"]
 
 Kind = Literal["minimum", "maximum", "saddle", "degenerate", "not critical"]
 
 # A gradient counts as zero if a Newton step along any direction that counts as curved, at most
 # |g| / tol long, moves the parameters by under this share.
 _NEWTON_STEP = 1e-2
+# The model's change of the loss along the descent is at least so many roundings of the loss.
+_VISIBLE = 1e3
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,10 @@ class CriticalPoint:
         flatness: :math:`\|Hg\| / (\max|\lambda| \, \|g\|)`. Near 0 the gradient lies in the null
             space of ``H``: a minimiser of the gradient's norm stops there, with no critical point
             near. NaN for a zero gradient.
+        positive: share of eigenvalues above the tolerance, with its interval.
+        negative: share below minus the tolerance, with its interval.
+        descent: what a step along the most negative curvature does to the loss; ``None`` where no
+            eigenvalue is certified negative.
 
     References:
         C. G. Frye et al., "Critical point-finding methods reveal gradient-flat regions of deep
@@ -44,10 +54,55 @@ class CriticalPoint:
     gradient_noise: float
     relative_gradient: float
     flatness: float
+    positive: Share
+    negative: Share
+    descent: Descent | None
+
+    def __str__(self) -> str:
+        """Return the kind and its evidence in one line."""
+        noise = "" if math.isnan(self.gradient_noise) else f" (noise {self.gradient_noise:.2g})"
+        text = (
+            f"{self.kind}: gradient {self.gradient_norm:.2g}{noise}, "
+            f"positive {self.positive}, negative {self.negative}"
+        )
+        return text if self.descent is None else f"{text}; {self.descent}"
+
+
+@dataclass(frozen=True)
+class Descent:
+    r"""The quadratic model against the loss, along the eigenvector ``u`` of the lowest eigenvalue.
+
+    The model says :math:`\Delta(\pm s) = \pm s\, g^\top u + s^2 \lambda / 2`; the sign of ``u`` is
+    such that :math:`g^\top u \le 0`, so that the positive side descends.
+
+    Attributes:
+        step: :math:`s`, the length of the step.
+        predicted: the model's changes of the loss at :math:`+s` and :math:`-s`.
+        actual: the changes of the loss there.
+    """
+
+    step: float
+    predicted: tuple[float, float]
+    actual: tuple[float, float]
+
+    @property
+    def is_real(self) -> bool:
+        """Whether the loss falls on at least one side, as the curvature says."""
+        return min(self.actual) < 0
+
+    def __str__(self) -> str:
+        """Return the predicted and the actual change on the side that falls further."""
+        side = 0 if self.actual[0] <= self.actual[1] else 1
+        return (
+            f"a step of {self.step:.2g} along the most negative curvature changes the loss by "
+            f"{self.actual[side]:.2g}, predicted {self.predicted[side]:.2g}"
+        )
 
 
 def critical_point(operator: HessianOperator, spectrum: Spectrum) -> CriticalPoint:
-    r"""Return the kind of point at which ``spectrum`` was measured. Costs one product.
+    r"""Return the kind of point at which ``spectrum`` was measured.
+
+    Costs one product, and two losses where an eigenvalue is negative.
 
     Args:
         operator: the Hessian that the spectrum belongs to.
@@ -69,7 +124,30 @@ def critical_point(operator: HessianOperator, spectrum: Spectrum) -> CriticalPoi
         flatness = float((operator @ gradient).norm()) / (radius * norm)
     is_zero = norm <= _NEWTON_STEP * spectrum.tol * size
     kind: Kind = _second_order_test(spectrum) if is_zero else "not critical"
-    return CriticalPoint(kind, norm, noise, relative, flatness)
+    descent = None
+    if spectrum.lambda_min < -spectrum.tol:
+        descent = _descent(operator, spectrum, gradient)
+    return CriticalPoint(
+        kind, norm, noise, relative, flatness, spectrum.positive, spectrum.negative, descent
+    )
+
+
+def _descent(operator: HessianOperator, spectrum: Spectrum, gradient: Tensor) -> Descent:
+    direction = spectrum.lambda_min_vector
+    slope = float(gradient @ direction)
+    if slope > 0:
+        direction, slope = -direction, -slope
+    loss = float(operator.loss())
+    rounding = torch.finfo(operator.dtype).eps * abs(loss)
+    visible = math.sqrt(2 * _VISIBLE * rounding / abs(spectrum.lambda_min))
+    step = max(_NEWTON_STEP * (operator.parameter_norm() or 1.0), visible)
+    curvature = step**2 * spectrum.lambda_min / 2
+    changes = [float(operator.loss(sign * step * direction)) - loss for sign in (1, -1)]
+    return Descent(
+        step,
+        (step * slope + curvature, -step * slope + curvature),
+        (changes[0], changes[1]),
+    )
 
 
 def _second_order_test(spectrum: Spectrum) -> Kind:

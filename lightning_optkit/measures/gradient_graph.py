@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +12,20 @@ from torch.autograd import forward_ad
 from lightning_optkit.measures.errors import CurvatureError
 from lightning_optkit.measures.twice_differentiable import twice_differentiable
 
-__all__ = ["GradientGraph", "LossFn", "flat", "split"]
+__all__ = ["Forward", "GradientGraph", "LossFn", "evaluated", "explained", "flat", "split"]
 
 LossFn = Callable[[dict[str, Tensor]], Tensor]
 
 # Number of parameters up to which one batched product beats a loop over its vectors: launch and
 # interpreter time dominate there; beyond it arithmetic does, and batching only costs memory.
 _BATCHED_BELOW = 20_000
+
+
+class Forward:
+    """One batch's loss alone, by the same kernels as its graph."""
+
+    def __init__(self, loss_fn: LossFn, leaves: dict[str, Tensor]) -> None:
+        self.loss = evaluated(loss_fn, leaves)[0].detach().reshape(())
 
 
 class GradientGraph:
@@ -27,9 +35,7 @@ class GradientGraph:
         self, loss_fn: LossFn, leaves: dict[str, Tensor], *, create_graph: bool = True
     ) -> None:
         self._leaves = leaves
-        with twice_differentiable():
-            loss = loss_fn(dict(leaves))
-        _check_loss(loss)
+        loss, _ = evaluated(loss_fn, leaves)
         try:
             self._gradients = torch.autograd.grad(
                 loss,
@@ -39,7 +45,7 @@ class GradientGraph:
                 materialize_grads=True,
             )
         except RuntimeError as error:
-            raise _explained(error) from error
+            raise explained(error) from error
         self.loss = loss.detach().reshape(())
 
     @property
@@ -104,10 +110,18 @@ class GradientGraph:
                 is_grads_batched=batched,
             )
         except RuntimeError as error:
-            raise _explained(error) from error
+            raise explained(error) from error
 
 
-def _check_loss(loss: Tensor) -> None:
+def evaluated(loss_fn: LossFn, leaves: dict[str, Tensor]) -> tuple[Tensor, Any]:
+    """Return the loss, and the outputs where the function returns them beside it.
+
+    Raises:
+        CurvatureError: if the loss is not a scalar that depends on the leaves.
+    """
+    with twice_differentiable():
+        loss: Any = loss_fn(dict(leaves))
+    loss, outputs = loss if isinstance(loss, tuple) and len(loss) == 2 else (loss, None)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise CurvatureError(
@@ -118,9 +132,10 @@ def _check_loss(loss: Tensor) -> None:
             "The loss does not depend on the parameters it was given. It must be computed from "
             "the dictionary passed to `loss_fn`, without `.detach()` or `torch.no_grad()`."
         )
+    return loss, outputs
 
 
-def _explained(error: RuntimeError) -> Exception:
+def explained(error: RuntimeError) -> Exception:
     """Return the error of a missing second derivative with the way out; any other as it is."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError):

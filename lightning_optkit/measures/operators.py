@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_optkit.measures.errors import CurvatureError
-from lightning_optkit.measures.gradient_graph import GradientGraph, LossFn, split
+from lightning_optkit.measures.gradient_graph import Forward, GradientGraph, LossFn, split
 from lightning_optkit.measures.lanczos import rounding_noise
 from lightning_optkit.measures.precision import full_precision
 from lightning_optkit.measures.self_check import check_products
@@ -93,6 +94,9 @@ class HessianOperator:
             own = torch.tensor([sum(given)], dtype=torch.float64, device=self.device)
             self.total_weight = float(reduce(own)[0])
         self._weights = [w / self.total_weight for w in given]
+        self._given_weights = given
+        self._graphs_kept = graphs
+        self._watched = list(self._params.values())
         self._cache: list[GradientGraph] | None = [] if graphs == "cached" else None
         self._versions: list[int] = []
         self._unchecked = self_check
@@ -102,6 +106,9 @@ class HessianOperator:
         """What made products NaN on this process, where ``reduce`` kept it from being raised."""
         self.num_matvecs = 0
         """Hessian-vector products made so far, the self-check's included."""
+
+    has_slope: ClassVar[bool] = True
+    """Whether a product is the derivative of the gradient, so that differences of it tell."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,6 +126,11 @@ class HessianOperator:
         """``(n, n)``, where ``n`` is the number of parameters."""
         n = sum(p.numel() for p in self._params.values())
         return n, n
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the parameters, in the order of the vectors."""
+        return list(self._params)
 
     @property
     def works_in_blocks(self) -> bool:
@@ -166,9 +178,7 @@ class HessianOperator:
         """
         if offset is None:
             return self._sum(lambda graph: graph.gradient, shape=self.shape[:1])
-        leaves = self._leaves()
-        for leaf, piece in zip(leaves.values(), split(offset, leaves), strict=True):
-            leaf.data = leaf.data + piece
+        leaves = self._leaves(offset)
         graphs = (GradientGraph(f, leaves, create_graph=False) for f in self._loss_fns)
         return self._sum(lambda graph: graph.gradient, shape=self.shape[:1], graphs=graphs)
 
@@ -188,14 +198,23 @@ class HessianOperator:
                 for (name, leaf), piece in zip(leaves.items(), split(vector, leaves), strict=True)
             }
             # with a graph: where none is asked for, some backwards take a shortcut at zeros
-            graphs = (GradientGraph(f, duals) for f in self._loss_fns)
+            graphs = (self._graph(f, duals) for f in self._loss_fns)
             return self._sum(
                 lambda graph: graph.gradient_tangent, shape=self.shape[:1], graphs=graphs
             )
 
-    def loss(self) -> Tensor:
-        """Return the weighted loss, a scalar."""
-        return self._sum(lambda graph: graph.loss.to(self.device, self.dtype, copy=True), shape=())
+    @torch.inference_mode(False)
+    def loss(self, offset: Tensor | None = None) -> Tensor:
+        """Return the weighted loss, a scalar.
+
+        Args:
+            offset: take it at the parameters plus this vector, shape ``(n,)``: a forward pass.
+        """
+        leaves = None if offset is None else self._leaves(offset)
+        graphs = None if leaves is None else (Forward(f, leaves) for f in self._loss_fns)
+        return self._sum(
+            lambda graph: graph.loss.to(self.device, self.dtype, copy=True), shape=(), graphs=graphs
+        )
 
     def parameter_norm(self) -> float:
         """Return the Euclidean norm of all parameters together."""
@@ -219,6 +238,44 @@ class HessianOperator:
         unbiased = 1 - concentration
         return torch.where(unbiased > 1e-6, (squares / unbiased).sqrt(), torch.nan)
 
+    def restricted(self, names: Collection[str]) -> HessianOperator:
+        """Return the operator of a diagonal block: the other parameters are held where they are.
+
+        It is checked at its first product unless this operator was.
+
+        Args:
+            names: of the parameters of the block.
+
+        Raises:
+            ValueError: if none of the parameters has one of the names.
+
+        Example:
+            >>> import torch
+            >>> params = {"a": torch.ones(2), "b": torch.ones(3)}
+            >>> op = HessianOperator(lambda p: p["a"].sum() * p["b"].square().sum(), params)
+            >>> (op.restricted(["b"]) @ torch.ones(3)).tolist()
+            [4.0, 4.0, 4.0]
+        """
+        chosen = {name: p for name, p in self._params.items() if name in names}
+        held = {name: p for name, p in self._params.items() if name not in names}
+        if not chosen:
+            known = ", ".join(list(self._params)[:8])
+            raise ValueError(
+                f"`names` must hold a parameter of the operator, got {list(names)!r}. The "
+                f"parameters begin with: {known}."
+            )
+        block = type(self)(
+            [partial(_with_held, f, held) for f in self._loss_fns],
+            chosen,
+            weights=self._given_weights,
+            graphs=self._graphs_kept,
+            reduce=self._reduce,
+            self_check=self._unchecked,
+        )
+        block.noise = self.noise
+        block._watched = self._watched
+        return block
+
     # -- batches ------------------------------------------------------------------------------
 
     def _checked_weights(self, weights: Sequence[float] | None) -> list[float]:
@@ -233,32 +290,39 @@ class HessianOperator:
                 raise ValueError(f"`weights` must be positive and finite, got {weight}.")
         return given
 
-    def _leaves(self) -> dict[str, Tensor]:
-        return {name: p.detach().requires_grad_() for name, p in self._params.items()}
+    def _graph(self, loss_fn: LossFn, leaves: dict[str, Tensor]) -> GradientGraph:
+        return GradientGraph(loss_fn, leaves)
+
+    def _leaves(self, offset: Tensor | None = None) -> dict[str, Tensor]:
+        leaves = {name: p.detach().requires_grad_() for name, p in self._params.items()}
+        if offset is not None:
+            for leaf, piece in zip(leaves.values(), split(offset, leaves), strict=True):
+                leaf.data = leaf.data + piece
+        return leaves
 
     def _graphs(self) -> Iterator[GradientGraph]:
         """Yield each batch's gradient graph, fresh wherever a parameter has moved."""
         if self._cache is None:
             for loss_fn in self._loss_fns:
-                yield GradientGraph(loss_fn, self._leaves())
+                yield self._graph(loss_fn, self._leaves())
             return
         versions = [_optimizer_steps["all"]]
-        for p in self._params.values():  # the address moves where `p.data` is replaced
+        for p in self._watched:  # the address moves where `p.data` is replaced
             versions += [p._version, p.data_ptr()]
         if versions != self._versions:
             self._cache.clear()
             self._versions = versions
         for i, loss_fn in enumerate(self._loss_fns):
             if i == len(self._cache):
-                self._cache.append(GradientGraph(loss_fn, self._leaves()))
+                self._cache.append(self._graph(loss_fn, self._leaves()))
             yield self._cache[i]
 
     def _sum(
         self,
-        term: Callable[[GradientGraph], Tensor],
+        term: Callable[[Any], Tensor],
         *,
         shape: tuple[int, ...],
-        graphs: Iterable[GradientGraph] | None = None,
+        graphs: Iterable[GradientGraph | Forward] | None = None,
         weights: Sequence[float] | None = None,
         waits: bool = True,
     ) -> Tensor:
@@ -291,8 +355,8 @@ class HessianOperator:
 
     def _own_sum(
         self,
-        term: Callable[[GradientGraph], Tensor],
-        graphs: Iterable[GradientGraph],
+        term: Callable[[Any], Tensor],
+        graphs: Iterable[GradientGraph | Forward],
         weights: Sequence[float],
     ) -> Tensor:
         """Return the weighted sum over the batches of this process."""
@@ -306,6 +370,10 @@ class HessianOperator:
 
     def _reduced(self, total: Tensor) -> Tensor:
         return total if self._reduce is None else self._reduce(total)
+
+
+def _with_held(loss_fn: LossFn, held: dict[str, Tensor], params: dict[str, Tensor]) -> Any:
+    return loss_fn({name: p.detach() for name, p in held.items()} | params)
 
 
 def _check_params(params: Mapping[str, Tensor]) -> None:

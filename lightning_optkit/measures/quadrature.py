@@ -21,12 +21,18 @@ import torch
 from scipy.special import betainc
 from torch import Tensor
 
-__all__ = ["gauss", "mass_below", "share_interval"]
+__all__ = ["gauss", "mass_below", "share_interval", "tridiagonal_matrix"]
 
 _WEIGHT_ERROR = 1e-10  # of a sum of weights, by rounding
 # Largest last entry of a Radau rule, in spectral radii: rounding grows with it, and has to stay
 # near that of the products.
 _LARGEST_ENTRY = 1e2
+
+
+def tridiagonal_matrix(diagonal: Tensor, off_diagonal: Tensor) -> Tensor:
+    """Return the symmetric matrix ``(m, m)``; the last of the ``m`` off-diagonals leads out."""
+    beta = off_diagonal[:-1]
+    return torch.diag(diagonal) + torch.diag(beta, 1) + torch.diag(beta, -1)
 
 
 def gauss(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,10 +56,7 @@ def gauss(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tensor, Tenso
         >>> nodes.round(decimals=6).tolist(), weights.round(decimals=6).tolist()
         ([-1.0, 1.0], [0.5, 0.5])
     """
-    beta = off_diagonal[:-1]
-    nodes, vectors = torch.linalg.eigh(
-        torch.diag(diagonal) + torch.diag(beta, 1) + torch.diag(beta, -1)
-    )
+    nodes, vectors = torch.linalg.eigh(tridiagonal_matrix(diagonal, off_diagonal))
     return nodes, vectors[0].square(), off_diagonal[-1] * vectors[-1].abs()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_optkit.measures.lanczos import Tridiagonal
 from lightning_optkit.measures.quadrature import mass_below, share_interval
 
-__all__ = ["Share", "certified_shares", "exact_shares"]
+__all__ = ["Share", "Shares", "certified_shares", "exact_shares"]
 
 _POOLING_ERROR = 1e-12  # of a mean of masses: a mean of ones must leave no room for a share above
 
@@ -50,7 +50,11 @@ class Share:
         return f"{self.value:.3f} {interval}" if self.resolved else f"unresolved {interval}"
 
 
-def exact_shares(eigenvalues: Tensor, tol: float, noise: float) -> tuple[Share, Share, Share]:
+Shares = tuple[Share, Share, Share]
+"""Positive, negative, zero."""
+
+
+def exact_shares(eigenvalues: Tensor, tol: float, noise: float) -> Shares:
     """Return positive, negative and zero share; an eigenvalue within noise of ``tol`` is open."""
 
     def share(counts: list[Tensor]) -> Share:
@@ -67,7 +71,7 @@ def exact_shares(eigenvalues: Tensor, tol: float, noise: float) -> tuple[Share, 
 
 def certified_shares(
     runs: list[Tridiagonal], tol: float, noise: float, confidence: float
-) -> tuple[Share, Share, Share]:
+) -> Shares:
     """Return positive, negative and zero share, pooled over the probes by their squared norms."""
     lanes = [lane for run in runs for lane in run.lanes()]
     norms = torch.cat([run.start_norms for run in runs]).square()

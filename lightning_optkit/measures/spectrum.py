@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import scipy.linalg
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_optkit.measures.deflation import (
+    RitzPairs,
+    deflated_trace,
+    lowest_pair,
+    simple_pairs,
+)
 from lightning_optkit.measures.errors import CurvatureError
 from lightning_optkit.measures.lanczos import Tridiagonal, lanczos
 from lightning_optkit.measures.operators import HessianOperator
 from lightning_optkit.measures.quadrature import gauss
-from lightning_optkit.measures.shares import Share, certified_shares, exact_shares
+from lightning_optkit.measures.shares import Share, Shares, certified_shares, exact_shares
 
 __all__ = ["Spectrum", "check_settings", "hessian_spectrum"]
+
+# What `tol_rel="auto"` tries, and when it is content.
+_AUTO_TOLERANCES = [10 ** (k / 10) for k in range(-60, -4)]
+_AUTO_WIDTH = 0.05
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no single truth value
@@ -30,13 +42,15 @@ class Spectrum:
         negative: share below ``-tol``.
         zero: share within ``tol`` of zero.
         tol: the tolerance, ``tol_rel`` times :math:`\max|\lambda|`, never under the rounding noise.
-        tol_rel: the relative tolerance that was asked for.
+        tol_rel: the relative tolerance, asked for or found by ``"auto"``.
         ritz_values: nodes, shape ``(probes, nodes)``, float64, CPU, ascending; NaN pads a probe
             that ended early. With ``method="exact"`` one probe holds all eigenvalues.
         ritz_weights: weights of the nodes, same shape; each probe's sum to 1, padding is 0.
         ritz_residuals: each ``ritz_value`` +- residual holds an eigenvalue; same shape.
         trace: estimate of the sum of eigenvalues; exact with ``method="exact"``.
         trace_standard_error: its standard error, 0 if exact.
+        lambda_min_vector: unit eigenvector of :math:`\lambda_{min}`, shape ``(n,)``, of the
+            operator's dtype and device: where the loss curves down, if it does.
         confidence: probability with which each share lies within its bounds.
         num_matvecs: products spent.
         num_params: ``n``.
@@ -55,6 +69,7 @@ class Spectrum:
     ritz_residuals: Tensor
     trace: float
     trace_standard_error: float
+    lambda_min_vector: Tensor
     confidence: float
     num_matvecs: int
     num_params: int
@@ -122,6 +137,23 @@ class Spectrum:
         smallest = float(nearest[~nearest.isnan()].min())
         return self.spectral_radius / smallest if smallest > self.noise else math.inf
 
+    @property
+    def condition_reason(self) -> str:
+        """What the condition number rests on, or why it is infinite."""
+        if self.spectral_radius == 0:
+            return "infinite: every eigenvalue is zero"
+        radii = self.ritz_values.abs()
+        smallest = float(radii[~radii.isnan()].min())
+        if math.isinf(self.condition_number):
+            return (
+                f"infinite: an eigenvalue of size {smallest:.1e} is zero up to the rounding noise, "
+                f"{self.noise:.1e}. A dead unit, a parameter without effect or more parameters "
+                "than the data pin down does that"
+            )
+        nearest = self.spectral_radius / self.condition_number
+        bound = "" if self.method == "exact" else "at least "
+        return f"{bound}{self.spectral_radius:.3g} / {nearest:.3g}"
+
     def top_eigenvalues(self, k: int) -> list[float]:
         """Return the ``k`` largest eigenvalues found, descending, fewer if there are fewer.
 
@@ -185,7 +217,7 @@ def hessian_spectrum(
     *,
     num_matvecs: int = 80,
     num_probes: int = 4,
-    tol_rel: float = 1e-3,
+    tol_rel: float | Literal["auto"] = 1e-3,
     confidence: float = 0.99,
     exact_below: int = 4000,
     generator: torch.Generator | None = None,
@@ -204,6 +236,8 @@ def hessian_spectrum(
         num_probes: probes, at least 1. More narrow the sampling part.
         tol_rel: eigenvalues within ``tol_rel * max|lambda|`` of zero count as zero; at least 0.
             The tolerance never falls below four times the rounding noise, where signs are random.
+            ``"auto"`` takes the smallest of ten a decade, from 1e-6 on, whose interval for the
+            minimum ratio is narrower than 0.05.
         confidence: probability with which each share lies within its bounds, in (0, 1).
         exact_below: largest number of parameters for the exact way; memory grows as its square.
         generator: source of the probes, on the CPU; ``None`` is a fixed seed.
@@ -231,20 +265,24 @@ def hessian_spectrum(
         nodes = torch.linalg.eigvalsh(matrix)[None]
         weights = torch.full_like(nodes, 1 / nodes.shape[1])
         residuals = torch.zeros_like(nodes)
+        trace, trace_error = float(nodes.sum()), 0.0
+        lowest = _lowest_eigenvector(matrix).to(operator.device, operator.dtype)
     else:
-        runs = _probe(operator, num_matvecs, num_probes, generator)
+        runs, pairs, lowest = _probe(operator, num_matvecs, num_probes, generator)
         nodes, weights, residuals = _quadrature(runs)
+        norms = torch.cat([run.start_norms for run in runs])
+        trace, trace_error = deflated_trace(nodes, weights, norms, pairs.values, operator.shape[0])
 
     valid = nodes[~nodes.isnan()]
     radius = float(valid.abs().max())
     noise = max(operator.noise * radius, 1e-300)
-    tol = max(tol_rel * radius, 4 * noise)
-    if exact:
-        shares = exact_shares(valid, tol, noise)
-        trace, trace_error = float(valid.sum()), 0.0
-    else:
-        shares = certified_shares(runs, tol, noise, confidence)
-        trace, trace_error = _trace(nodes, weights, operator.shape[0])
+
+    def shares_at(tol: float) -> Shares:
+        if exact:
+            return exact_shares(valid, tol, noise)
+        return certified_shares(runs, tol, noise, confidence)
+
+    tol_rel, tol, shares = _resolved(shares_at, tol_rel, radius, 4 * noise)
     return Spectrum(
         *shares,
         tol=tol,
@@ -254,6 +292,7 @@ def hessian_spectrum(
         ritz_residuals=residuals,
         trace=trace,
         trace_standard_error=trace_error,
+        lambda_min_vector=lowest,
         confidence=confidence,
         num_matvecs=operator.num_matvecs - spent,
         num_params=operator.shape[0],
@@ -263,7 +302,13 @@ def hessian_spectrum(
     )
 
 
-def check_settings(*, num_matvecs: int, num_probes: int, tol_rel: float, confidence: float) -> None:
+def check_settings(
+    *,
+    num_matvecs: int,
+    num_probes: int,
+    tol_rel: float | Literal["auto"],
+    confidence: float,
+) -> None:
     """Refuse arguments of :func:`hessian_spectrum` that are out of range.
 
     Raises:
@@ -272,10 +317,42 @@ def check_settings(*, num_matvecs: int, num_probes: int, tol_rel: float, confide
     for name, count, least in (("num_matvecs", num_matvecs, 2), ("num_probes", num_probes, 1)):
         if count < least:
             raise ValueError(f"`{name}` must be at least {least}, got {count}.")
-    if not tol_rel >= 0:  # NaN neither
-        raise ValueError(f"`tol_rel` must be at least 0, got {tol_rel}.")
+    if tol_rel != "auto" and not (isinstance(tol_rel, (int, float)) and tol_rel >= 0):  # nor NaN
+        raise ValueError(f"`tol_rel` must be at least 0 or 'auto', got {tol_rel!r}.")
     if not 0 < confidence < 1:
         raise ValueError(f"`confidence` must be between 0 and 1, such as 0.99, got {confidence}.")
+
+
+def _resolved(
+    shares_at: Callable[[float], Shares],
+    tol_rel: float | Literal["auto"],
+    radius: float,
+    least: float,
+) -> tuple[float, float, Shares]:
+    """Return the relative and the absolute tolerance, and the shares there."""
+    if tol_rel != "auto":
+        tol = max(tol_rel * radius, least)
+        return tol_rel, tol, shares_at(tol)
+    grid = [t for t in _AUTO_TOLERANCES if t * radius >= least] or [_AUTO_TOLERANCES[-1]]
+    narrowest: tuple[float, float, Shares] | None = None
+    for relative in grid:
+        tol = max(relative * radius, least)
+        shares = shares_at(tol)
+        if narrowest is None or _width(shares) < _width(narrowest[2]):
+            narrowest = relative, tol, shares
+        if _width(shares) < _AUTO_WIDTH:
+            break
+    assert narrowest is not None  # the grid is not empty
+    return narrowest
+
+
+def _width(shares: Shares) -> float:
+    return shares[0].upper - shares[0].lower
+
+
+def _lowest_eigenvector(matrix: Tensor) -> Tensor:
+    _, vectors = scipy.linalg.eigh(matrix.numpy(), subset_by_index=[0, 0])
+    return torch.from_numpy(vectors[:, 0])
 
 
 def _probe(
@@ -283,14 +360,32 @@ def _probe(
     num_matvecs: int,
     num_probes: int,
     generator: torch.Generator | None,
-) -> list[Tridiagonal]:
-    """Run the probes: together where a block of vectors is cheaper, else with one basis alive."""
+) -> tuple[list[Tridiagonal], RitzPairs, Tensor]:
+    """Run the probes: together where a block of vectors is cheaper, else with one basis alive.
+
+    Returns:
+        The tridiagonal matrices without their bases, the pairs that all probes have converged on,
+        none for a single probe, and the eigenvector of the lowest Ritz value.
+    """
     generator = generator or torch.Generator().manual_seed(0)
     together = num_probes if operator.works_in_blocks else 1
-    return [
-        lanczos(operator, num_matvecs, num_lanes=together, generator=generator)
-        for _ in range(num_probes // together)
-    ]
+    runs: list[Tridiagonal] = []
+    pairs: RitzPairs | None = None
+    lowest, vector = math.inf, torch.empty(0)
+    for _ in range(num_probes // together):
+        run = lanczos(
+            operator, num_matvecs, num_lanes=together, keep_basis=True, generator=generator
+        )
+        found = simple_pairs(run)
+        pairs = found if pairs is None else pairs.common(found)
+        value, candidate = lowest_pair(run)
+        if value < lowest:
+            lowest, vector = value, candidate
+        runs.append(replace(run, basis=None))
+    assert pairs is not None  # there is at least one probe
+    if num_probes == 1:  # one probe cannot tell a repeated eigenvalue from a simple one
+        pairs = RitzPairs(pairs.values[:0], pairs.vectors[:0])
+    return runs, pairs, vector
 
 
 def _quadrature(runs: list[Tridiagonal]) -> tuple[Tensor, Tensor, Tensor]:
@@ -302,18 +397,3 @@ def _quadrature(runs: list[Tridiagonal]) -> tuple[Tensor, Tensor, Tensor]:
         return torch.stack([pad(r[part], (0, steps - len(r[part])), value=filler) for r in rules])
 
     return padded(0, math.nan), padded(1, 0.0), padded(2, 0.0)
-
-
-def _trace(nodes: Tensor, weights: Tensor, n: int) -> tuple[float, float]:
-    r"""Return Hutchinson's estimate of the trace and its standard error.
-
-    For a direction :math:`v` uniform on the sphere,
-    :math:`\mathrm{Var}(n v^\top A v) = \frac{2n}{n + 2} (\|A\|_F^2 - \mathrm{tr}(A)^2 / n)`, in
-    which the second moment of the quadrature stands for the Frobenius norm.
-    """
-    theta = nodes.nan_to_num(0.0)
-    means = n * (weights * theta).sum(1)
-    frobenius = n * float((weights * theta.square()).sum(1).mean())
-    trace = float(means.mean())
-    variance = 2 * n / (n + 2) * max(0.0, frobenius - trace**2 / n)
-    return trace, math.sqrt(variance / len(means))
