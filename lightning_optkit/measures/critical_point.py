@@ -86,16 +86,20 @@ class Descent:
     actual: tuple[float, float]
 
     @property
+    def side(self) -> int:
+        """0 or 1: the side on which the loss falls further, or rises less."""
+        return 0 if self.actual[0] <= self.actual[1] else 1
+
+    @property
     def is_real(self) -> bool:
         """Whether the loss falls on at least one side, as the curvature says."""
         return min(self.actual) < 0
 
     def __str__(self) -> str:
         """Return the predicted and the actual change on the side that falls further."""
-        side = 0 if self.actual[0] <= self.actual[1] else 1
         return (
             f"a step of {self.step:.2g} along the most negative curvature changes the loss by "
-            f"{self.actual[side]:.2g}, predicted {self.predicted[side]:.2g}"
+            f"{self.actual[self.side]:.2g}, predicted {self.predicted[self.side]:.2g}"
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_optkit.measures.errors import CurvatureError
-from lightning_optkit.measures.lanczos import SymmetricOperator, projection, rounding_noise
+from lightning_optkit.measures.lanczos import SymmetricOperator, dot, projection, rounding_noise
 
 __all__ = ["Eigenpairs", "Which", "top_eigenpairs"]
 
@@ -31,7 +31,8 @@ class Eigenpairs:
         residuals: :math:`\|A u_i - \lambda_i u_i\|` with rounding, shape ``(k,)``, float64, CPU.
             Certified: an eigenvalue lies within it.
         errors: estimate of the distance to that eigenvalue, same shape: the residual, or where it
-            is less its square over the distance to the next Ritz value.
+            is less its square over the distance to the next Ritz value, but no less than the last
+            two products have moved the value by.
         converged: whether each error met the tolerance, same shape, bool.
         num_matvecs: products spent.
     """
@@ -59,8 +60,9 @@ def top_eigenpairs(
 
     Thick-restart Lanczos with full reorthogonalisation. A Ritz pair :math:`(\theta, u)` with
     residual :math:`r` has an eigenvalue within :math:`r`, and within about :math:`r^2 / \delta`
-    where :math:`\delta` is the distance to the rest of the spectrum (Kato, Temple); a pair has
-    converged when the lesser of the two is at most ``rtol`` :math:`|\theta|`, or rounding.
+    where :math:`\delta` is the distance to the rest of the spectrum (Kato, Temple). A pair has
+    converged when the lesser of the two is at most ``rtol`` :math:`|\theta|`, or rounding, and two
+    products have moved it by no more: many eigenvalues that are not resolved yet look like one.
 
     The start vector is random, or the sum of the rows of ``start``: with those of an operator that
     has changed little, a handful of products is enough. One start vector sees an eigenvalue of an
@@ -99,14 +101,18 @@ def top_eigenpairs(
     capacity = max(_BASIS_SIZE, 3 * count) if basis_size is None else basis_size
     _check_arguments(k, which, rtol, max_matvecs, capacity, 2 * count)
     krylov = _Krylov(operator, min(capacity, size), start, generator)
+    past: list[Tensor] = []
     while True:
         krylov.step()
         theta, vectors, residuals = krylov.ritz()
-        chosen = _chosen(theta, count, which)
         errors = _errors(theta, residuals)
+        chosen = _chosen(theta, count, which)
+        values, residuals = theta[chosen], residuals[chosen]
+        past = [*past[-2:], values]
+        errors = _settled(errors[chosen], residuals, past)
         floor = krylov.noise * float(theta.abs().max())
-        converged = errors <= (rtol * theta.abs()).clamp_min(floor)
-        enough = len(chosen) == count and bool(converged[chosen].all())
+        converged = errors <= (rtol * values.abs()).clamp_min(floor)
+        enough = len(chosen) == count and bool(converged.all())
         if krylov.num_matvecs == max_matvecs or krylov.is_complete:
             break
         if enough and not krylov.may_hide(count, which, rtol):
@@ -115,13 +121,25 @@ def top_eigenpairs(
             keep = count + (krylov.num_vectors - count) // 2
             krylov.restart(_chosen(theta, keep, which).sort().values)
     return Eigenpairs(
-        theta[chosen],
+        values,
         krylov.combined(vectors[:, chosen]),
-        residuals[chosen] + floor,
-        errors[chosen] + floor,
-        converged[chosen],
+        residuals + floor,
+        errors + floor,
+        converged,
         krylov.num_matvecs,
     )
+
+
+def _settled(errors: Tensor, residuals: Tensor, past: list[Tensor]) -> Tensor:
+    """Return the errors, none of them less than what the last two products moved the value by.
+
+    One Ritz value may stand for many eigenvalues that are not resolved yet, far from all others:
+    its residual squared over that distance is small, and the next products still move it.
+    """
+    if len(past) < 3 or len({len(values) for values in past}) > 1:
+        return residuals
+    moved = torch.stack(past).diff(dim=0).abs().max(dim=0).values
+    return torch.minimum(residuals, torch.maximum(errors, moved))
 
 
 def _check_arguments(
@@ -205,16 +223,17 @@ class _Krylov:
         m = self.num_vectors
         if self.is_full:  # only where blocks have closed, which are not cut back
             self._grow()
+            self._couple(m - 1, self._beta)  # there was no room for it
         q = self._basis[m] = self._next
         r = self._operator @ q
         couplings = self._projected[:m, m]
         coupled = couplings.nonzero()[:, 0]
         if len(coupled):
             r = r - self._basis[coupled.to(r.device)].T @ couplings[coupled].to(r)
-        alpha = (q * r).sum(dtype=self._scalar)
+        alpha = dot(q[None], r[None])[0]
         r = r - alpha.to(r) * q
-        r = r - projection(self._basis[None, : m + 1], r[None])[0]
-        beta = torch.linalg.vector_norm(r, dtype=self._scalar)
+        r -= projection(self._basis[None, : m + 1], r[None])[0]
+        beta = dot(r[None], r[None])[0].sqrt()
         entry, self._beta = torch.stack([alpha, beta]).tolist()
         if not (abs(entry) < torch.inf and self._beta < torch.inf):
             raise CurvatureError.not_finite(self._operator)
@@ -272,10 +291,6 @@ class _Krylov:
         wanted = _chosen(torch.cat([closed, reach]).sort().values, count, which)
         best = torch.cat([closed, reach]).sort().values[wanted]
         return bool((best - closed[_chosen(closed, count, which)]).abs().max() > slack)
-
-    @property
-    def _scalar(self) -> torch.dtype:
-        return torch.float32 if self._basis.device.type == "mps" else torch.float64
 
     def _couple(self, places: int | range, values: float | Tensor) -> None:
         if not self.is_full:

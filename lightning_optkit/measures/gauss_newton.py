@@ -62,6 +62,7 @@ class GaussNewtonOperator(HessianOperator):
         descent", 2002, section 3.
     """
 
+    matrix_name: ClassVar[str] = "Gauss–Newton"
     has_slope: ClassVar[bool] = False
 
     def _graph(self, loss_fn: LossFn, leaves: dict[str, Tensor]) -> GradientGraph:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,11 +11,18 @@ from torch import Tensor
 
 from lightning_optkit.measures.errors import CurvatureError
 
-__all__ = ["SymmetricOperator", "Tridiagonal", "lanczos", "projection", "rounding_noise"]
+__all__ = ["SymmetricOperator", "Tridiagonal", "dot", "lanczos", "projection", "rounding_noise"]
+
+
+_PIECE = 512  # terms of a dot product that are summed in float32
 
 
 class SymmetricOperator(Protocol):
-    """What :func:`lanczos` needs: products, and where and how big the vectors are."""
+    """What :func:`lanczos` needs: products, and where and how big the vectors are.
+
+    Where each process holds a part of every vector, an operator also has ``local_size``, the number
+    of entries here, and ``inner_sum``, which sums a tensor of partial dot products over processes.
+    """
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -85,6 +93,7 @@ def lanczos(
     num_lanes: int = 1,
     start: Tensor | None = None,
     keep_basis: bool = False,
+    workspace: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tridiagonal:
     r"""Return the tridiagonal matrices of ``num_lanes`` Lanczos runs of ``num_matvecs`` steps.
@@ -102,7 +111,10 @@ def lanczos(
         num_lanes: independent runs, at least 1.
         start: start vectors, shape ``(lanes, n)``, in place of random ones.
         keep_basis: keep the Lanczos vectors, ``lanes * m * n`` numbers.
-        generator: source of the start vectors, on the CPU; ``None`` is a fixed seed.
+        workspace: memory for them, shape ``(lanes, m, n)``, overwritten: several runs in turn then
+            ask the system for it once, and the basis that is kept lies in it.
+        generator: source of the start vectors, on the CPU; ``None`` is a fixed seed. Processes that
+            hold parts of the vectors need each their own.
 
     Raises:
         ValueError: if a count is under 1 or ``start`` has the wrong shape.
@@ -122,31 +134,30 @@ def lanczos(
     for name, count in (("num_matvecs", num_matvecs), ("num_lanes", num_lanes)):
         if count < 1:
             raise ValueError(f"`{name}` must be at least 1, got {count}.")
-    size = operator.shape[0]
+    size, total = operator.shape[0], getattr(operator, "inner_sum", _whole)
     q, norms = _start_vectors(operator, num_lanes, start, generator)
     lanes, steps = len(q), min(num_matvecs, size)
-    scalar = torch.float64 if q.device.type != "mps" else torch.float32  # MPS has no float64
-    diagonal = torch.zeros(lanes, steps, dtype=scalar, device=q.device)
+    diagonal = torch.zeros(lanes, steps, dtype=dot(q, q).dtype, device=q.device)
     off_diagonal = torch.zeros_like(diagonal)
-    basis = q.new_zeros(lanes, steps, size)
+    basis = q.new_empty(lanes, steps, q.shape[1]) if workspace is None else workspace
     alive = torch.ones(lanes, dtype=torch.bool, device=q.device)
-    scale = torch.zeros(lanes, dtype=scalar, device=q.device)
+    scale = torch.zeros_like(diagonal[:, 0])
     closed = rounding_noise(q.dtype) / 4  # below this share of |A| a residual is rounding
 
     for j in range(steps):
         basis[:, j] = q
         r = (operator @ q.T).T
-        alpha = (q * r).sum(-1, dtype=scalar)
+        alpha = total(dot(q, r))
         r = r - alpha.to(r)[:, None] * q
         if j > 0:
-            r = r - off_diagonal[:, j - 1, None].to(r) * basis[:, j - 1]
-        r = r - projection(basis[:, : j + 1], r)
-        beta = torch.linalg.vector_norm(r, dim=-1, dtype=scalar)
+            r -= off_diagonal[:, j - 1, None].to(r) * basis[:, j - 1]
+        r -= projection(basis[:, : j + 1], r, total)
+        beta = total(dot(r, r)).sqrt()
         scale = torch.maximum(scale, alpha.abs() + beta)
         diagonal[:, j] = torch.where(alive, alpha, 0.0)
         alive = alive & ~(beta <= closed * scale)  # NaN stays alive and is found below
         off_diagonal[:, j] = torch.where(alive, beta, 0.0)
-        q = torch.where(alive[:, None], r / beta.clamp_min(1e-300).to(r)[:, None], 0.0)
+        q = r * torch.where(alive, 1 / beta, 0.0).to(r)[:, None]
 
     found = torch.stack([diagonal, off_diagonal]).cpu().double()  # here the device is waited for
     if not bool(torch.isfinite(found).all()):
@@ -163,24 +174,51 @@ def _start_vectors(
     start: Tensor | None,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    size = operator.shape[0]
+    size = getattr(operator, "local_size", operator.shape[0])
     if start is None:
         generator = generator or torch.Generator().manual_seed(0)
         start = torch.randn(num_lanes, size, generator=generator, dtype=torch.float64)
-    if start.ndim != 2 or start.shape[1] != size or not bool((start.norm(dim=1) > 0).all()):
+    if start.ndim != 2 or start.shape[1] != size:
         got = tuple(start.shape)
         raise ValueError(f"`start` must hold non-zero rows of length {size}, got shape {got}.")
-    norms = start.double().norm(dim=1)
-    unit = start.double() / norms[:, None]
-    return unit.to(operator.device, operator.dtype), norms.cpu()
+    squares = start.double().square().sum(1)
+    if hasattr(operator, "inner_sum"):
+        squares = operator.inner_sum(squares.to(operator.device))
+    norms = squares.sqrt().cpu()
+    if not bool((norms > 0).all()):
+        raise ValueError(f"`start` must hold non-zero rows of length {size}, got a row of zeros.")
+    unit = start.double() / norms.to(start.device)[:, None]
+    return unit.to(operator.device, operator.dtype), norms
 
 
-def projection(rows: Tensor, vectors: Tensor) -> Tensor:
+def _whole(part: Tensor) -> Tensor:
+    return part
+
+
+def dot(left: Tensor, right: Tensor) -> Tensor:
+    """Return the dot products of rows, shape ``(lanes, n)``, summed in float64 where there is any.
+
+    On a CPU a sum in float64 would first copy the row, at the price of all the rest of a Lanczos
+    step: there short pieces are summed in float32, and only their sums in float64.
+    """
+    product = left * right
+    if product.device.type == "mps":  # it has no float64
+        return product.sum(-1)
+    if product.device.type == "cpu" and product.dtype == torch.float32:
+        whole = product.shape[-1] - product.shape[-1] % _PIECE
+        pieces = product[:, :whole].unflatten(-1, (-1, _PIECE)).sum(-1)
+        rest = product[:, whole:].sum(-1, keepdim=True)
+        product = torch.cat([pieces, rest], dim=-1)
+    return product.sum(-1, dtype=torch.float64)
+
+
+def projection(rows: Tensor, vectors: Tensor, total: Callable[[Tensor], Tensor] = _whole) -> Tensor:
     """Return each lane's vector projected on the span of its orthonormal rows.
 
     Args:
         rows: shape ``(lanes, m, n)``.
         vectors: shape ``(lanes, n)``.
+        total: completes dot products where each process holds a part of the vectors.
     """
-    coefficients = torch.bmm(rows, vectors[:, :, None])
+    coefficients = total(torch.bmm(rows, vectors[:, :, None]))
     return torch.bmm(rows.transpose(1, 2), coefficients)[:, :, 0]

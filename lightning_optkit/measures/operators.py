@@ -107,6 +107,9 @@ class HessianOperator:
         self.num_matvecs = 0
         """Hessian-vector products made so far, the self-check's included."""
 
+    matrix_name: ClassVar[str] = "Hessian"
+    """What a figure calls it."""
+
     has_slope: ClassVar[bool] = True
     """Whether a product is the derivative of the gradient, so that differences of it tell."""
 
@@ -189,18 +192,13 @@ class HessianOperator:
         Raises:
             NotImplementedError: if a layer has no forward-mode derivative.
         """
-        with forward_ad.dual_level(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             # torch 2.13 scripts its forward-mode formulas on first use, and deprecates scripting
             warnings.simplefilter("ignore", DeprecationWarning)
-            leaves = self._leaves()
-            duals = {
-                name: forward_ad.make_dual(leaf, piece)
-                for (name, leaf), piece in zip(leaves.items(), split(vector, leaves), strict=True)
-            }
-            # with a graph: where none is asked for, some backwards take a shortcut at zeros
-            graphs = (self._graph(f, duals) for f in self._loss_fns)
             return self._sum(
-                lambda graph: graph.gradient_tangent, shape=self.shape[:1], graphs=graphs
+                lambda graph: graph.gradient_tangent,
+                shape=self.shape[:1],
+                graphs=self._dual_graphs(vector),
             )
 
     @torch.inference_mode(False)
@@ -316,6 +314,20 @@ class HessianOperator:
             if i == len(self._cache):
                 self._cache.append(self._graph(loss_fn, self._leaves()))
             yield self._cache[i]
+
+    def _dual_graphs(self, vector: Tensor) -> Iterator[GradientGraph]:
+        """Yield each batch's graph with dual leaves; a level for each, or all would stay alive."""
+        for loss_fn in self._loss_fns:
+            with forward_ad.dual_level():
+                leaves = self._leaves()
+                duals = {
+                    name: forward_ad.make_dual(leaf, piece)
+                    for (name, leaf), piece in zip(
+                        leaves.items(), split(vector, leaves), strict=True
+                    )
+                }
+                # with a graph: where none is asked for, some backwards take a shortcut at zeros
+                yield self._graph(loss_fn, duals)
 
     def _sum(
         self,

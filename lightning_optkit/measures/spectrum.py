@@ -369,12 +369,21 @@ def _probe(
     """
     generator = generator or torch.Generator().manual_seed(0)
     together = num_probes if operator.works_in_blocks else 1
+    steps = min(num_matvecs, operator.shape[0])
+    workspace = torch.empty(
+        together, steps, operator.shape[0], dtype=operator.dtype, device=operator.device
+    )
     runs: list[Tridiagonal] = []
     pairs: RitzPairs | None = None
     lowest, vector = math.inf, torch.empty(0)
     for _ in range(num_probes // together):
         run = lanczos(
-            operator, num_matvecs, num_lanes=together, keep_basis=True, generator=generator
+            operator,
+            num_matvecs,
+            num_lanes=together,
+            keep_basis=True,
+            workspace=workspace,
+            generator=generator,
         )
         found = simple_pairs(run)
         pairs = found if pairs is None else pairs.common(found)
