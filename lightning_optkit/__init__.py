@@ -16,6 +16,8 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it. A new public name is one row here and one import below.
 _EXPORTS = {
     "HessianSpectrum": "lightning_optkit.callbacks.hessian_spectrum",
+    "Stability": "lightning_optkit.callbacks.stability",
+    "SaddleEscape": "lightning_optkit.callbacks.saddle_escape",
     "is_probing": "lightning_optkit.bridge.probe",
 }
 
@@ -24,6 +26,8 @@ __all__ = list(_EXPORTS)
 if TYPE_CHECKING:
     from lightning_optkit.bridge.probe import is_probing as is_probing
     from lightning_optkit.callbacks.hessian_spectrum import HessianSpectrum as HessianSpectrum
+    from lightning_optkit.callbacks.saddle_escape import SaddleEscape as SaddleEscape
+    from lightning_optkit.callbacks.stability import Stability as Stability
 else:  # hidden from type checkers, so that they report a misspelt name too
 
     def __getattr__(name):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = ["main"]
 
@@ -25,8 +27,78 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--logdir", default="optkit_logs", help="where the logs go")
     demo.add_argument("--epochs", type=_positive, default=15, help="length of the training")
     demo.add_argument("--seed", type=int, default=0, help="seed of weights and shuffling")
+    demo.set_defaults(run=_demo)
+    _add_inspect(commands)
+    _add_plan(commands)
     options = parser.parse_args(arguments)
-    return _demo(options)
+    status: int = options.run(options)
+    return status
+
+
+def _add_inspect(commands: Any) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="show the Hessian at a checkpoint",
+        description="Show the curvature of the training loss at a checkpoint of Lightning.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = inspect.add_argument
+    add("checkpoint", help="a file that Lightning wrote")
+    add("--module", required=True, help="package.module.Class of the LightningModule")
+    add(
+        "--data",
+        help="package.module.DataModule, or package.module:loader, a DataLoader or a function that "
+        "returns one; by default the module's own train_dataloader",
+    )
+    for name, whose in (("--module-args", "module"), ("--data-args", "data")):
+        add(
+            name,
+            action="append",
+            type=_pairs,
+            default=[],
+            metavar="KEY=VALUE",
+            help=f"arguments of the {whose}, before those in the checkpoint: key=value, a value "
+            "being JSON or a string, or one JSON object; may be repeated",
+        )
+    add("--num-batches", type=_positive, default=4, help="training batches to measure on")
+    add("--num-matvecs", type=_at_least_two, default=80, help="Lanczos steps of one probe")
+    add("--num-probes", type=_positive, default=4, help="Lanczos probes")
+    add("--tol-rel", type=_tolerance, default=1e-3, help="what counts as zero, or auto")
+    add("--mode", choices=("eval", "train"), default="eval", help="of dropout and BatchNorm")
+    add("--parameters", nargs="+", metavar="PATTERN", help="glob patterns of parameter names")
+    add("--loss-index", type=_natural, default=0, help="which manual_backward gives the loss")
+    add("--top-k", type=_positive, default=5, help="eigenvalues of largest size to find")
+    add("--exact-below", type=_natural, default=1000, help="parameters up to which all are found")
+    add("--per-layer", action="store_true", help="measure each layer's own block too")
+    add("--out", metavar="DIR", help="where figures go, as PNG")
+    add("--json", action="store_true", help="print one JSON object and nothing else")
+    add("--seed", type=_natural, default=0, help="of the choice of batches and the probes")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    add("--trust", action="store_true", help="unpickle any object in the checkpoint, and run it")
+    inspect.set_defaults(run=_inspect)
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="tell what a measurement costs before it is made",
+        description="Products, bytes and seconds of one measurement, from a cost model.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = plan.add_argument
+    add("--params", type=_count, required=True, help="number of parameters, such as 7e9")
+    add("--world-size", type=_positive, default=1, help="number of devices")
+    add("--num-batches", type=_positive, default=4, help="batches on each device")
+    add("--batch-size", type=_positive, default=1, help="samples in a batch")
+    add("--sequence-length", type=_positive, default=1024, help="tokens of a sample")
+    add("--num-matvecs", type=_at_least_two, default=80, help="Lanczos steps of one probe")
+    add("--num-probes", type=_positive, default=4, help="Lanczos probes")
+    add("--activations", type=_count, help="floats that one forward pass keeps for each token; "
+        "by default those of a transformer of this size")  # fmt: skip
+    add("--flops", type=_speed, default=67e12, help="peak of a device in float32, FLOP/s")
+    add("--efficiency", type=_share, default=0.4, help="share of the peak that is reached")
+    add("--bandwidth", type=_speed, default=50e9, help="of the network at a device, bytes/s")
+    plan.set_defaults(run=_plan)
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -39,8 +111,165 @@ def _demo(options: argparse.Namespace) -> int:
         return 1
 
 
+def _inspect(options: argparse.Namespace) -> int:
+    from lightning_optkit.inspection import InspectionSettings
+    from lightning_optkit.inspection_report import run_inspection
+
+    return run_inspection(
+        options.checkpoint,
+        module=options.module,
+        data=options.data,
+        module_args={key: value for given in options.module_args for key, value in given.items()},
+        data_args={key: value for given in options.data_args for key, value in given.items()},
+        settings=InspectionSettings(
+            num_batches=options.num_batches,
+            num_matvecs=options.num_matvecs,
+            num_probes=options.num_probes,
+            tol_rel=options.tol_rel,
+            mode=options.mode,
+            parameters=None if options.parameters is None else tuple(options.parameters),
+            loss_index=options.loss_index,
+            top_k=options.top_k,
+            exact_below=options.exact_below,
+            per_layer=options.per_layer,
+            seed=options.seed,
+            device=options.device,
+        ),
+        trust=options.trust,
+        folder=options.out,
+        as_json=options.json,
+    )
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from lightning_optkit.measures.cost_model import Hardware, Route, measurement_cost
+
+    routes: dict[Route, str] = {
+        "cached": 'whole, graphs="cached"',
+        "lockstep": 'whole, graphs="lockstep"',
+        "sharded": "FSDP2, finite differences",
+    }
+    costs = [
+        measurement_cost(
+            options.params,
+            route=route,
+            world_size=options.world_size,
+            num_matvecs=options.num_matvecs,
+            num_probes=options.num_probes,
+            num_batches=options.num_batches,
+            batch_size=options.batch_size,
+            sequence_length=options.sequence_length,
+            activations=options.activations,
+            hardware=Hardware(options.flops, options.efficiency, options.bandwidth),
+        )
+        for route in routes
+    ]
+    table = Table(
+        title=f"One measurement in {options.params:,} parameters on {options.world_size:,} "
+        f"devices: {costs[0].num_products:,} products on {costs[0].num_samples:,} samples",
+        title_justify="left",
+        caption="bytes on each device, beside what training holds there",
+    )
+    table.add_column("on each device", style="bold", no_wrap=True)
+    for label in routes.values():
+        table.add_column(label, justify="right")
+    for row, values in (
+        ("work, gradients", [f"{cost.gradients:,.0f}" for cost in costs]),
+        ("work, FLOP", [f"{cost.flops:.2g}" for cost in costs]),
+        ("parameters", [_bytes(cost.parameter_bytes) for cost in costs]),
+        ("Krylov vectors", [_bytes(cost.krylov_bytes) for cost in costs]),
+        ("gradient graphs", [_bytes(cost.graph_bytes) for cost in costs]),
+        ("working memory", [_bytes(cost.working_bytes) for cost in costs]),
+        ("memory in all", [_bytes(cost.total_bytes) for cost in costs]),
+        ("time, arithmetic", [_duration(cost.compute_seconds) for cost in costs]),
+        ("time, network", [_duration(cost.network_seconds) for cost in costs]),
+        ("time in all", [_duration(cost.seconds) for cost in costs]),
+    ):
+        table.add_row(row, *values)
+    Console().print(table)
+    return 0
+
+
+def _bytes(count: float) -> str:
+    for size, unit in ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e3:.3g} kB"
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.2g} s"
+
+
+# -- types of arguments -----------------------------------------------------------------------
+
+
 def _positive(text: str) -> int:
+    return _integer(text, least=1)
+
+
+def _natural(text: str) -> int:
+    return _integer(text, least=0)
+
+
+def _at_least_two(text: str) -> int:
+    return _integer(text, least=2)
+
+
+def _integer(text: str, *, least: int) -> int:
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    if number < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
     return number
+
+
+def _count(text: str) -> int:
+    number = float(text)
+    if not 1 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text}")
+    return round(number)
+
+
+def _speed(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return number
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text}")
+    return number
+
+
+def _tolerance(text: str) -> float | str:
+    if text == "auto":
+        return text
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be at least 0, or auto, got {text}")
+    return number
+
+
+def _pairs(text: str) -> dict[str, Any]:
+    """Return arguments from ``key=value``, the value being JSON or a string, or a JSON object."""
+    if text.lstrip().startswith("{"):
+        try:
+            return dict(json.loads(text))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}") from error
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise argparse.ArgumentTypeError(f"must be key=value or a JSON object, got {text}")
+    try:
+        return {key: json.loads(value)}
+    except ValueError:
+        return {key: value}

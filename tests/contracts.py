@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import csv
+import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, Sampler
 
 from tests.modules import MODULES
 
@@ -154,3 +156,192 @@ def assert_observer(
     assert_same(without, with_it)
     log = (folder / "with" / "csv" / "version_0" / "metrics.csv").read_text()
     assert "optkit-" in log.splitlines()[0], "the observer logged nothing"
+
+
+# -- interveners -------------------------------------------------------------------------------
+
+
+def assert_resumes(
+    callback: Callable[[], pl.Callback],
+    module_name: str,
+    folder: Path,
+    *,
+    at: tuple[str, ...] = ("epoch end", "mid-epoch"),
+    **trainer_options: Any,
+) -> pl.Callback:
+    """Fail unless training that was interrupted and resumed ends bit-identical to one that was not.
+
+    Compared are weights, buffers, optimizers, schedulers, the scaler and the callback's own state.
+    The run is cut after its second epoch, or within it on a step: what Lightning itself resumes
+    exactly. Returns the callback of the run that was not interrupted, to see what it did.
+    """
+    whole = callback()
+    uninterrupted = run_resumable(module_name, [whole], folder, **trainer_options)
+    for moment in at:
+        path = folder / f"{moment}.ckpt"
+        try:
+            run_resumable(
+                module_name, [callback(), Interrupter(moment, path)], folder, **trainer_options
+            )
+        except Interruption:
+            pass
+        else:
+            raise AssertionError(f"the run was not interrupted at: {moment}")
+        resumed = run_resumable(
+            module_name, [callback()], folder, ckpt_path=path, seed=8, **trainer_options
+        )
+        assert_same(uninterrupted, resumed, f"resumed at {moment}")
+    return whole
+
+
+def run_resumable(
+    module_name: str,
+    callbacks: list[pl.Callback],
+    folder: Path,
+    *,
+    ckpt_path: Path | None = None,
+    seed: int = 7,
+    **trainer_options: Any,
+) -> dict[str, Any]:
+    """Train for three epochs with data and random streams that depend on epoch and batch alone."""
+    pl.seed_everything(seed, verbose=False)
+    module, loader = MODULES[module_name]()
+    trainer = pl.Trainer(
+        default_root_dir=folder,
+        callbacks=[Reseeder(), *callbacks],
+        **{
+            "accelerator": "cpu",
+            "max_epochs": 3,
+            "limit_train_batches": 5,
+            "logger": False,
+            "enable_checkpointing": any(isinstance(c, Interrupter) for c in callbacks),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
+        | trainer_options,
+    )
+    trainer.fit(module, ResumableLoader(loader), ckpt_path=ckpt_path)
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return {
+        "global_step": trainer.global_step,
+        "weights and buffers": {k: v.clone() for k, v in module.state_dict().items()},
+        "optimizers": [copy.deepcopy(o.state_dict()) for o in trainer.optimizers],
+        "schedulers": [
+            copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs
+        ],
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "callbacks": [copy.deepcopy(c.state_dict()) for c in callbacks if not _interrupts(c)],
+    }
+
+
+def _interrupts(callback: pl.Callback) -> bool:
+    return isinstance(callback, Interrupter)
+
+
+class Interruption(Exception):
+    """A machine is gone."""
+
+
+class Interrupter(pl.callbacks.Checkpoint):
+    """Writes a checkpoint when `ModelCheckpoint` would, after all other callbacks, and fails."""
+
+    def __init__(self, moment: str, path: Path) -> None:
+        self.moment = moment
+        self.path = path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.moment == "mid-epoch" and (trainer.current_epoch, batch_idx) == (1, 3):
+            self._interrupt(trainer)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if self.moment == "epoch end" and trainer.current_epoch == 1:
+            self._interrupt(trainer)
+
+    def _interrupt(self, trainer):
+        trainer.save_checkpoint(self.path)
+        raise Interruption
+
+
+class Reseeder(pl.Callback):
+    """Seeds all random streams before each batch: no checkpoint holds them."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        seed = 1000 * trainer.current_epoch + batch_idx
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - the global stream is what a step draws from
+        torch.manual_seed(seed)
+        for name, generator in list(vars(pl_module).items()):
+            if isinstance(generator, random.Random):
+                generator.seed(seed)
+            elif isinstance(generator, torch.Generator):
+                generator.manual_seed(seed)
+            elif isinstance(generator, np.random.Generator):
+                setattr(pl_module, name, np.random.default_rng(seed))
+
+
+class ResumableSampler(Sampler[int]):
+    """A new order each epoch, from the epoch alone, that can be taken up where it was left."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.epoch = self.position = 0
+        self.left_at = (0, 0)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        seed = 1000 * self.epoch + int(os.environ.get("RANK", "0"))  # other data on other ranks
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
+        epoch, position = self.left_at
+        for i in range(position if epoch == self.epoch else 0, self.size):
+            self.position = i + 1
+            yield int(order[i])
+
+
+class ResumableLoader(DataLoader):
+    """The data of another loader, resumable within an epoch by Lightning's protocol."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        sampler = ResumableSampler(len(loader.dataset))
+        super().__init__(loader.dataset, batch_size=loader.batch_size, sampler=sampler)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"left_at": (self.sampler.epoch, self.sampler.position)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.sampler.left_at = tuple(state_dict["left_at"])
+
+
+SURVIVED: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16-mixed": {"precision": "bf16-mixed"},
+    "bf16-true": {"precision": "bf16-true"},
+    "64-true": {"precision": "64-true"},
+    "accumulation": {"accumulate_grad_batches": 2},
+    "clipping": {"gradient_clip_val": 0.1},
+    "one batch": {"limit_train_batches": 1},
+    "unlimited": {"limit_train_batches": None},
+}
+"""Options under which a callback has to work; Lightning refuses accumulation and clipping of manual
+optimization."""
+
+
+def assert_survives_trainer_options(
+    callback: Callable[[], pl.Callback], module_name: str, folder: Path, **trainer_options: Any
+) -> pl.Callback:
+    """Fail unless training makes all its steps to finite weights; return the callback."""
+    without = run(module_name, [], folder / "without", **trainer_options)
+    survivor = callback()
+    with_it = run(module_name, [survivor], folder / "with", **trainer_options)
+    for key in ("loggers", "should_stop", "default_dtype", "grad_enabled", "autocast"):
+        assert with_it[key] == without[key], key
+    steps = [[each["global_step"] for each in trace["by_batch"]] for trace in (with_it, without)]
+    assert steps[0] == steps[1]
+    for name, weight in with_it["weights"].items():
+        assert weight.dtype == without["weights"][name].dtype
+        assert bool(torch.isfinite(weight).all()), name
+    return survivor

@@ -3,17 +3,30 @@
 ``quadrature``, ``(probes, nodes, 2)``, float32: Ritz value and weight of each node. A probe's
 weights sum to 1; weight 0 pads. The raw rule, a kilobyte or two a step, leaves bandwidth, axis and
 kind of picture to whoever looks.
+
+``layers``, ``(layers, 6)``, float32: largest and smallest eigenvalue of each layer's block, its
+trace, its minimum ratio and the interval that holds it. ``layer_names``, ``(layers,)``, UTF-8
+bytes: the names, in the same order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
 from tensorboard.util.tensor_util import make_ndarray, make_tensor_proto
 
-__all__ = ["PLUGIN_NAME", "VERSION", "array_summary", "decode_array", "quadrature_array"]
+__all__ = [
+    "PLUGIN_NAME",
+    "VERSION",
+    "array_summary",
+    "decode_array",
+    "layers_array",
+    "names_array",
+    "quadrature_array",
+]
 
 PLUGIN_NAME = "optkit"
 """Name of the TensorBoard plugin that the payloads belong to."""
@@ -36,6 +49,26 @@ def quadrature_array(
         [[[1.0, 1.0], [0.0, 0.0]]]
     """
     return np.stack([np.nan_to_num(nodes), weights], axis=-1).astype(np.float32)
+
+
+def layers_array(rows: Sequence[Sequence[float]]) -> np.ndarray[Any, Any]:
+    """Return the ``layers`` payload of one row a layer.
+
+    Example:
+        >>> layers_array([(2.0, -1.0, 3.0, 0.5, 0.4, 0.6)]).shape
+        (1, 6)
+    """
+    return np.asarray(rows, dtype=np.float32)
+
+
+def names_array(names: Sequence[str]) -> np.ndarray[Any, Any]:
+    """Return the ``layer_names`` payload.
+
+    Example:
+        >>> names_array(["head"]).tolist()
+        [b'head']
+    """
+    return np.array([name.encode() for name in names], dtype=object)
 
 
 def array_summary(tag: str, array: np.ndarray[Any, Any]) -> Any:

@@ -29,6 +29,13 @@ from lightning_optkit.bridge.muting import (
     ProbeError,
     mute,
 )
+from lightning_optkit.bridge.sharding import (
+    at_rest,
+    mute_setters,
+    resharded_after,
+    sharding_hidden,
+    whole,
+)
 from lightning_optkit.bridge.snapshot import Snapshot, put_back
 
 __all__ = [
@@ -40,7 +47,8 @@ __all__ = [
     "select_parameters",
 ]
 
-StepLossFn = Callable[[pl.LightningModule, Any], Tensor]
+StepLossFn = Callable[[pl.LightningModule, Any], Any]
+"""``(pl_module, batch) -> loss``, or ``(loss, outputs)`` where the net's outputs are asked for."""
 
 _PROBING: ContextVar[bool] = ContextVar("lightning_optkit_probing", default=False)
 
@@ -97,6 +105,8 @@ class Probe:
         self._step = _Step(pl_module, loss_fn)
         self._loss_index = loss_index
         self._seed = seed
+        self._originals: dict[str, Tensor] = {}
+        self._copies: dict[str, Tensor] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Probe:
@@ -109,6 +119,7 @@ class Probe:
             stack.enter_context(_eager())
             stack.enter_context(_default_dtype(_measuring_dtype(self._module)))
             stack.enter_context(_trainer_muted(self._trainer))
+            stack.enter_context(at_rest(self._module))
             schedulers = [config.scheduler for config in self._trainer.lr_scheduler_configs]
             self._snapshot = Snapshot(
                 self._module,
@@ -116,10 +127,6 @@ class Probe:
                 *[vars(scheduler) for scheduler in schedulers],
             )
             stack.callback(self._snapshot.restore)
-            self._parameters = {
-                name: _in_full_precision(p.detach().clone())
-                for name, p in self._module.named_parameters()
-            }
             self._stack = stack.pop_all()
         return self
 
@@ -128,54 +135,92 @@ class Probe:
         self._stack.close()
 
     def parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return copies of the named parameters, to differentiate by; float32 or float64."""
-        return {name: self._parameters[name] for name in names}
+        """Return copies of the named parameters, to differentiate by; float32 or float64.
+
+        Shards are gathered: all ranks must call it.
+        """
+        self._copy_parameters()
+        return {name: self._copies[name] for name in names}
 
     def loss_fn(self, batch: Any, batch_idx: int = 0) -> Callable[[dict[str, Tensor]], Tensor]:
         """Return the loss on ``batch`` as a function of ``{name: parameter}``.
 
-        Parameters that are left out keep their values.
+        Parameters that are left out keep their values. Shards are gathered here: all ranks must
+        call this method, but not the function that it returns.
         """
+        self._copy_parameters()
 
         def loss(parameters: dict[str, Tensor]) -> Tensor:
             return self._call(parameters, batch, batch_idx)
 
         return loss
 
-    def _call(self, parameters: Mapping[str, Tensor], batch: Any, batch_idx: int) -> Tensor:
-        seed_global_generators(self._seed + batch_idx)
-        substitutes = {name: p.detach() for name, p in self._parameters.items()}
-        substitutes |= {
-            name: _in_full_precision(buffer.detach().clone())
-            for name, buffer in self._module.named_buffers()
-        }
-        substitutes |= parameters
-        own_batch = apply_to_collection(_copied(batch), Tensor, _in_full_precision)
-        captured = CapturedLosses(self._loss_index)
+    def _copy_parameters(self) -> None:
+        if not self._copies:
+            self._originals = {name: whole(p) for name, p in self._module.named_parameters()}
+            self._copies = {
+                name: _in_full_precision(p.clone()) for name, p in self._originals.items()
+            }
+
+    def backward(self, batch: Any, batch_idx: int = 0, *, weight: float = 1.0) -> Tensor:
+        """Run the step on the module's own parameters, and the backward of ``weight * loss``.
+
+        FSDP2 takes part, so all ranks must call it equally often. What is added to the gradients
+        is the caller's to take out again: see :mod:`~lightning_optkit.bridge.sharded_gradient`.
+
+        Returns:
+            The loss, on this rank and without the weight.
+        """
+        with resharded_after(self._module):
+            mute_setters(self._module)
+            try:
+                loss, _ = self._run({}, batch, batch_idx)
+                _require_graph(loss)
+                (weight * loss).backward()
+            finally:
+                self._snapshot.restore()
+        return loss.detach()
+
+    def _call(self, parameters: Mapping[str, Tensor], batch: Any, batch_idx: int) -> Any:
+        substitutes = {name: p.detach() for name, p in self._copies.items()} | dict(parameters)
         try:
-            if self._mode == "eval":
-                self._module.eval()
-            mute(self._module, captured)
-            prefixed = {f"module.{name}": tensor for name, tensor in substitutes.items()}
-            output = functional_call(self._step, prefixed, (own_batch, batch_idx))
-        except LossFoundError:
-            output = None
+            with sharding_hidden(self._module):
+                loss, outputs = self._run(substitutes, batch, batch_idx)
         finally:
             self._snapshot.restore()
             self._repair_parameters()
-        loss = _loss_of(output, captured, self._module)
-        if not loss.requires_grad and any(p.requires_grad for p in parameters.values()):
-            raise ProbeError(
-                "`training_step` must return a loss that depends on the parameters, got one "
-                "without a gradient. Was it detached, turned into a number, or computed under "
-                "`torch.no_grad()`? If so, pass `loss_fn=(pl_module, batch) -> loss`."
-            )
-        return loss
+        if any(p.requires_grad for p in parameters.values()):
+            _require_graph(loss)
+        return loss if outputs is None else (loss, outputs)
+
+    def _run(
+        self, substitutes: dict[str, Tensor], batch: Any, batch_idx: int
+    ) -> tuple[Tensor, Any]:
+        """Run the step once, mute; what it changes is for the caller to put back."""
+        seed_global_generators(self._seed + batch_idx)
+        buffers = {
+            name: _in_full_precision(buffer.detach().clone())
+            for name, buffer in self._module.named_buffers()
+        }
+        own_batch = apply_to_collection(_copied(batch), Tensor, _in_full_precision)
+        captured = CapturedLosses(self._loss_index)
+        if self._mode == "eval":
+            self._module.eval()
+        mute(self._module, captured)
+        prefixed = {f"module.{name}": tensor for name, tensor in (buffers | substitutes).items()}
+        try:
+            output = functional_call(self._step, prefixed, (own_batch, batch_idx))
+        except LossFoundError:
+            output = None
+        outputs = None
+        if self._step.has_own_loss and isinstance(output, tuple) and len(output) == 2:
+            output, outputs = output
+        return _loss_of(output, captured, self._module), outputs
 
     def _repair_parameters(self) -> None:
         """Undo what a step wrote into our copies: a target network's average, a clipped weight."""
-        for name, parameter in self._module.named_parameters():
-            put_back(self._parameters[name], _in_full_precision(parameter.detach()))
+        for name, original in self._originals.items():
+            put_back(self._copies[name], _in_full_precision(original))
 
 
 def select_parameters(
@@ -240,6 +285,10 @@ class _Step(nn.Module):
         self.training = module.training
         self._loss_fn = loss_fn
 
+    @property
+    def has_own_loss(self) -> bool:
+        return self._loss_fn is not None
+
     def forward(self, batch: Any, batch_idx: int) -> Any:
         if self._loss_fn is not None:
             return self._loss_fn(self.module, batch)
@@ -265,6 +314,15 @@ def _loss_of(output: Any, captured: CapturedLosses, module: pl.LightningModule) 
             "it with `.mean()`, or pass `loss_fn=(pl_module, batch) -> loss`."
         )
     return loss.reshape(())
+
+
+def _require_graph(loss: Tensor) -> None:
+    if not loss.requires_grad:
+        raise ProbeError(
+            "`training_step` must return a loss that depends on the parameters, got one "
+            "without a gradient. Was it detached, turned into a number, or computed under "
+            "`torch.no_grad()`? If so, pass `loss_fn=(pl_module, batch) -> loss`."
+        )
 
 
 def seed_global_generators(seed: int) -> None:

@@ -8,12 +8,13 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
 
 __all__ = ["Snapshot", "put_back"]
@@ -149,6 +150,8 @@ def _set(item: set[Any]) -> tuple[Restore, Iterable[object]]:
 def _tensor(item: Tensor) -> tuple[Restore, Iterable[object]]:
     if isinstance(item, nn.Parameter) or item.layout != torch.strided or item.is_meta:
         return _nothing, ()  # the probe substitutes parameters
+    if isinstance(item, DTensor):
+        item = cast(DTensor, item.detach()).to_local()  # shares its memory, needs no other rank
     if item.is_inference() or (item.numel() > 1 and 0 in item.stride()):
         return _nothing, ()  # nothing can be written into it
     return functools.partial(put_back, item, item.detach().clone()), ()

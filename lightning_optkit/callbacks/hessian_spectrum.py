@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_optkit.board import schema, tags
 from lightning_optkit.bridge.cadence import EVERY_EPOCH, Cadence
 from lightning_optkit.bridge.observer import Observer
 from lightning_optkit.bridge.probe import Probe, StepLossFn
 from lightning_optkit.bridge.reduce import sum_over_ranks
+from lightning_optkit.bridge.sharded_gradient import (
+    rank_generator,
+    require_shards,
+    sharded_gradient,
+)
+from lightning_optkit.bridge.sharding import at_rest, fsdp_groups, whole_fits
+from lightning_optkit.compat.pyhessian_engine import check_pyhessian, pyhessian_spectrum
 from lightning_optkit.measures import (
     CriticalPoint,
+    GaussNewtonOperator,
     HessianOperator,
     Spectrum,
     WrongDerivativesError,
     critical_point,
     hessian_spectrum,
+    layer_spectra,
 )
+from lightning_optkit.measures.finite_difference import FiniteDifferenceOperator
 from lightning_optkit.measures.spectrum import check_settings
 
 if TYPE_CHECKING:
@@ -42,12 +52,29 @@ class HessianReport:
         point: the kind of point, with the gradient's norm.
         loss: on the held batches.
         num_samples: held by all ranks together.
+        layers: the spectrum of each layer's block, if asked for.
     """
 
     spectrum: Spectrum
     point: CriticalPoint
     loss: float
     num_samples: int
+    layers: dict[str, Spectrum] = field(default_factory=dict)
+
+
+def _report(
+    operator: HessianOperator, spectrum: Spectrum, layers: dict[str, Spectrum]
+) -> HessianReport:
+    point = critical_point(operator, spectrum)
+    return HessianReport(
+        spectrum, point, float(operator.loss()), int(operator.total_weight), layers
+    )
+
+
+_OPERATORS: dict[str, type[HessianOperator]] = {
+    "hessian": HessianOperator,
+    "gauss_newton": GaussNewtonOperator,
+}
 
 
 class HessianSpectrum(Observer[HessianReport]):
@@ -68,8 +95,11 @@ class HessianSpectrum(Observer[HessianReport]):
         num_matvecs: Lanczos steps of one probe, at least 2.
         num_probes: probes, at least 1.
         top_k: how many of the largest eigenvalues the figure marks, at least 1.
-        tol_rel: eigenvalues within ``tol_rel * max|lambda|`` of zero count as zero.
-        curvature: ``"hessian"``.
+        tol_rel: eigenvalues within ``tol_rel * max|lambda|`` of zero count as zero. ``"auto"``
+            takes, at each point, the smallest that resolves the minimum ratio to 0.05.
+        curvature: ``"hessian"``, or ``"gauss_newton"``: without the curvature of the net itself,
+            never negative. It needs a loss that is one of torch's own loss functions of the
+            outputs, and logs under ``optkit-hessian-gauss_newton`` unless ``name`` is given.
         parameters: glob patterns of parameter names, such as ``["generator.*"]``; ``None`` takes
             all trainable ones.
         mode: ``"eval"`` (dropout off, running statistics of BatchNorm) or ``"train"``. The two are
@@ -87,14 +117,22 @@ class HessianSpectrum(Observer[HessianReport]):
             many products.
         graphs: ``"cached"`` keeps one gradient graph for each held batch; ``"lockstep"`` one at a
             time, and all probes' vectors: less memory where graphs are larger than vectors.
+        engine: ``"optkit"``, or ``"pyhessian"`` for the installed PyHessian's own numbers, to
+            reproduce a published one: no bounds, no self-check, a single process.
+        sharded: what to do under FSDP2: ``"gather"`` the parameters on each rank while measuring;
+            ``"fd"``, leave them in shards and take differences of FSDP's own gradients; ``"auto"``
+            gathers where half of the free memory holds what that takes.
+        per_layer: measure the block of each layer too, the others held: as many products again
+            for each.
         name: tells several instances of one Trainer apart, for example one for each part of a GAN.
 
     Logged keys:
         ``optkit-hessian/{minimum_ratio, negative_ratio, zero_ratio}``, each with ``_lower`` and
         ``_upper``; ``tol, lambda_max, lambda_min, trace, trace_standard_error, loss,
-        gradient_norm, gradient_noise, flatness, num_matvecs, num_samples, seconds``, at each
-        measured step: see :data:`lightning_optkit.board.tags.HESSIAN_SCALARS`. To TensorBoard also
-        the quadrature and, at the end of fit, a figure.
+        gradient_norm, gradient_noise, flatness, predicted_change, actual_change, num_matvecs,
+        num_samples, seconds``, at each measured step: see
+        :data:`lightning_optkit.board.tags.HESSIAN_SCALARS`. To TensorBoard also the quadrature,
+        the values by layer, and at the end of fit the figures.
 
     Cost:
         ``num_matvecs * num_probes`` Hessian-vector products a measurement, or one a parameter up
@@ -120,8 +158,8 @@ class HessianSpectrum(Observer[HessianReport]):
         num_matvecs: int = 80,
         num_probes: int = 4,
         top_k: int = 5,
-        tol_rel: float = 1e-3,
-        curvature: Literal["hessian"] = "hessian",
+        tol_rel: float | Literal["auto"] = 1e-3,
+        curvature: Literal["hessian", "gauss_newton"] = "hessian",
         parameters: list[str] | None = None,
         mode: Literal["eval", "train"] = "eval",
         max_overhead: float | None = 0.05,
@@ -133,8 +171,30 @@ class HessianSpectrum(Observer[HessianReport]):
         self_check: bool = True,
         exact_below: int = 1000,
         graphs: Literal["cached", "lockstep"] = "cached",
+        per_layer: bool = False,
+        engine: Literal["optkit", "pyhessian"] = "optkit",
+        sharded: Literal["auto", "gather", "fd"] = "auto",
         name: str | None = None,
     ) -> None:
+        if curvature not in _OPERATORS:
+            kinds = " or ".join(map(repr, _OPERATORS))
+            raise ValueError(f"`curvature` must be {kinds}, got {curvature!r}.")
+        if engine not in ("optkit", "pyhessian"):
+            raise ValueError(f"`engine` must be 'optkit' or 'pyhessian', got {engine!r}.")
+        if sharded not in ("auto", "gather", "fd"):
+            raise ValueError(f"`sharded` must be 'auto', 'gather' or 'fd', got {sharded!r}.")
+        if engine == "pyhessian":
+            check_pyhessian(num_matvecs=num_matvecs, num_probes=num_probes, tol_rel=tol_rel)
+        only_whole = curvature != "hessian" or per_layer or engine == "pyhessian"
+        theirs = engine == "pyhessian" and (curvature != "hessian" or per_layer)
+        if theirs or (only_whole and sharded == "fd"):
+            raise ValueError(
+                "`sharded='fd'` and `engine='pyhessian'` measure the whole Hessian and nothing "
+                f"else, got curvature={curvature!r}, per_layer={per_layer}, engine={engine!r} and "
+                f"sharded={sharded!r}."
+            )
+        if name is None and curvature != "hessian":
+            name = curvature
         super().__init__(
             topic=tags.HESSIAN,
             name=name,
@@ -151,34 +211,38 @@ class HessianSpectrum(Observer[HessianReport]):
             data=data,
             seed=seed,
         )
-        if curvature != "hessian":
-            raise ValueError(f"`curvature` must be 'hessian', got {curvature!r}.")
         if top_k < 1:
             raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
-        self._spectrum_of = partial(
-            hessian_spectrum,
-            num_matvecs=num_matvecs,
-            num_probes=num_probes,
-            tol_rel=tol_rel,
-            confidence=confidence,
-            exact_below=exact_below,
-        )
-        check_settings(
-            num_matvecs=num_matvecs,
-            num_probes=num_probes,
-            tol_rel=tol_rel,
-            confidence=confidence,
-        )
+        settings: dict[str, Any] = {
+            "num_matvecs": num_matvecs,
+            "num_probes": num_probes,
+            "tol_rel": tol_rel,
+            "confidence": confidence,
+        }
+        check_settings(**settings)
+        self._settings = settings | {"exact_below": exact_below}
+        self._operator_type = _OPERATORS[curvature]
+        self._per_layer = per_layer
         self._top_k = top_k
         if graphs not in ("cached", "lockstep"):
             raise ValueError(f"`graphs` must be 'cached' or 'lockstep', got {graphs!r}.")
         self._graphs: Literal["cached", "lockstep"] = graphs
         self._self_check = self_check
+        self._engine = engine
+        self._sharded = sharded
+        self._only_whole = only_whole
+        self._by_differences = False
         self._refusal: str | None = None  # what is wrong with the layers of this run
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._refusal = None
+        if self._engine == "pyhessian" and trainer.world_size > 1:
+            raise MisconfigurationException(
+                "`engine='pyhessian'` needs a single process, got "
+                f"{trainer.world_size}: PyHessian sums nothing over ranks. Use `engine='optkit'`."
+            )
         super().on_train_start(trainer, pl_module)
+        self._by_differences = self._needs_differences(trainer, pl_module)
 
     def measure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, probe: Probe
@@ -186,7 +250,9 @@ class HessianSpectrum(Observer[HessianReport]):
         """Return the spectrum of the loss on the held batches."""
         if self._refusal is not None:
             raise WrongDerivativesError(self._refusal)
-        operator = HessianOperator(
+        if self._by_differences:
+            return self._report_of_shards(trainer, pl_module, probe)
+        operator = self._operator_type(
             [probe.loss_fn(held.batch, i) for i, held in enumerate(self.held_batches)],
             probe.parameters(self.parameter_names(pl_module)),
             weights=[held.num_samples for held in self.held_batches],
@@ -194,14 +260,69 @@ class HessianSpectrum(Observer[HessianReport]):
             graphs=self._graphs,
             self_check=self._self_check,
         )
-        generator = torch.Generator().manual_seed(self._seed)
         try:
-            spectrum = self._spectrum_of(operator, generator=generator)
+            spectrum = self._spectrum(operator)
         except WrongDerivativesError as error:
             self._refusal = str(error)  # the layers stay wrong, wherever the weights go
             raise
-        point = critical_point(operator, spectrum)
-        return HessianReport(spectrum, point, float(operator.loss()), int(operator.total_weight))
+        layers = layer_spectra(operator, **self._settings) if self._per_layer else {}
+        return _report(operator, spectrum, layers)
+
+    def _spectrum(self, operator: HessianOperator) -> Spectrum:
+        if self._engine == "optkit":
+            generator = torch.Generator().manual_seed(self._seed)
+            return hessian_spectrum(operator, generator=generator, **self._settings)
+        operator @ torch.ones(operator.shape[0])  # PyHessian has no self-check: ours comes first
+        kept = ("num_matvecs", "num_probes", "tol_rel")
+        return pyhessian_spectrum(
+            operator.loss_fns,
+            operator.params,
+            operator.weights,
+            seed=self._seed,
+            **{name: self._settings[name] for name in kept},
+        )
+
+    def _report_of_shards(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, probe: Probe
+    ) -> HessianReport:
+        """Return the measurement by finite differences of FSDP's own gradients."""
+        names, held = self.parameter_names(pl_module), self.held_batches
+        with sharded_gradient(trainer, pl_module, probe, names=names, held=held) as gradient:
+            operator: Any = FiniteDifferenceOperator(
+                gradient.functions,
+                gradient.parameters,
+                weights=gradient.weights,
+                inner_sum=gradient.inner_sum,
+            )
+            settings = self._settings | {"exact_below": 0}
+            generator = rank_generator(trainer, self._seed)
+            spectrum = hessian_spectrum(operator, generator=generator, **settings)
+            return _report(operator, replace(spectrum, method="fd"), {})
+
+    def _needs_differences(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Return whether parameters stay in shards while measuring."""
+        if not fsdp_groups(pl_module):
+            if self._sharded == "fd":
+                raise MisconfigurationException(
+                    "`sharded='fd'` needs a module sharded by `fully_shard` under "
+                    "`ModelParallelStrategy`, got whole parameters. Leave it at 'auto'."
+                )
+            return False
+        lanes = self._settings["num_probes"] if self._graphs == "lockstep" else 1
+        vectors = lanes * self._settings["num_matvecs"]
+        gathers = self._sharded == "gather" or (
+            self._sharded == "auto" and whole_fits(trainer, pl_module, num_vectors=vectors)
+        )
+        if not gathers and self._only_whole:
+            raise MisconfigurationException(
+                "The gathered parameters do not fit into half of the free memory, and in shards "
+                "only the whole Hessian can be measured. Leave out `per_layer` and `curvature`, "
+                "take fewer `num_matvecs`, or set `sharded='gather'`."
+            )
+        if not gathers:
+            with at_rest(pl_module):  # a validation leaves parameters gathered
+                require_shards(pl_module, self.parameter_names(pl_module))
+        return not gathers
 
     def scalars(self, result: HessianReport) -> dict[str, float]:
         """Return all of :data:`~lightning_optkit.board.tags.HESSIAN_SCALARS` but the seconds."""
@@ -224,24 +345,45 @@ class HessianSpectrum(Observer[HessianReport]):
             "gradient_norm": result.point.gradient_norm,
             "gradient_noise": result.point.gradient_noise,
             "flatness": result.point.flatness,
-            "num_matvecs": spectrum.num_matvecs,
+            "num_matvecs": spectrum.num_matvecs
+            + sum(layer.num_matvecs for layer in result.layers.values()),
             "num_samples": result.num_samples,
         }
+        if (descent := result.point.descent) is not None:
+            found |= {"predicted_change": descent.predicted[descent.side]}
+            found |= {"actual_change": descent.actual[descent.side]}
         # the noise of one batch, and the flatness at a gradient of zero, are not defined
         return {name: value for name, value in found.items() if not math.isnan(value)}
 
     def arrays(self, result: HessianReport) -> dict[str, np.ndarray[Any, Any]]:
-        """Return the quadrature."""
+        """Return the quadrature, and the values by layer if asked for."""
         spectrum = result.spectrum
-        return {
+        found = {
             tags.QUADRATURE: schema.quadrature_array(
                 spectrum.ritz_values.numpy(), spectrum.ritz_weights.numpy()
             )
         }
+        if result.layers:
+            found[tags.LAYER_NAMES] = schema.names_array(list(result.layers))
+            found[tags.LAYERS] = schema.layers_array(
+                [
+                    (s.lambda_max, s.lambda_min, s.trace, s.minimum_ratio, *s.minimum_ratio_bounds)
+                    for s in result.layers.values()
+                ]
+            )
+        return found
 
     def figures(self, result: HessianReport) -> dict[str, Figure]:
-        """Return the last spectrum as a figure."""
+        """Return the last spectrum, and the last values by layer, as figures."""
         # matplotlib takes a second to import: only once training is over
+        from lightning_optkit.figures.layers import layers_figure
         from lightning_optkit.figures.spectrum import spectrum_figure
 
-        return {tags.HESSIAN_FIGURE: spectrum_figure(result.spectrum, num_eigenvalues=self._top_k)}
+        found = {
+            tags.HESSIAN_FIGURE: spectrum_figure(
+                result.spectrum, num_eigenvalues=self._top_k, matrix=self._operator_type.matrix_name
+            )
+        }
+        if result.layers:
+            found[tags.LAYERS_FIGURE] = layers_figure(result.layers)
+        return found

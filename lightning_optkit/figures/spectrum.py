@@ -16,24 +16,27 @@ from lightning_optkit.measures.spectrum import Spectrum
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["spectrum_figure"]
+__all__ = ["NEGATIVE", "POSITIVE", "ZERO", "spectrum_figure"]
 
 # Okabe and Ito's colours: told apart by colour-blind readers, and in grey print by lightness.
-_NEGATIVE, _ZERO, _POSITIVE = "#D55E00", "#BBBBBB", "#0072B2"
+NEGATIVE, ZERO, POSITIVE = "#D55E00", "#BBBBBB", "#0072B2"
 
 
-def spectrum_figure(spectrum: Spectrum, *, num_eigenvalues: int = 5) -> Figure:
+def spectrum_figure(
+    spectrum: Spectrum, *, num_eigenvalues: int = 5, matrix: str = "Hessian"
+) -> Figure:
     """Return the density of eigenvalues, the largest ones, and the shares by sign with bounds.
 
     Args:
         spectrum: what to draw.
         num_eigenvalues: how many of the largest eigenvalues to mark.
+        matrix: whose spectrum it is, for the title.
     """
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     grid = GridSpec(2, 1, figure=figure, height_ratios=[4, 1])
     _draw_density(figure.add_subplot(grid[0]), spectrum, num_eigenvalues)
     _draw_shares(figure.add_subplot(grid[1]), spectrum)
-    figure.suptitle(f"Hessian spectrum, {spectrum.num_params:,} parameters", fontsize=12)
+    figure.suptitle(f"{matrix} spectrum, {spectrum.num_params:,} parameters", fontsize=12)
     return figure
 
 
@@ -45,14 +48,14 @@ def _draw_density(axes: Axes, spectrum: Spectrum, num_eigenvalues: int) -> None:
     linear = max(spectrum.tol, spectrum.spectral_radius * 1e-4)
     x = _symlog_grid(spectrum, linear)
     density = np.maximum(spectrum.density(x).numpy(), 1e-300)
-    for sign, colour in ((x < -spectrum.tol, _NEGATIVE), (x > spectrum.tol, _POSITIVE)):
+    for sign, colour in ((x < -spectrum.tol, NEGATIVE), (x > spectrum.tol, POSITIVE)):
         axes.fill_between(x, density, where=sign, color=colour, alpha=0.35, linewidth=0)
     near_zero = np.abs(x) <= spectrum.tol
-    axes.fill_between(x, density, where=near_zero, color=_ZERO, alpha=0.6, linewidth=0)
+    axes.fill_between(x, density, where=near_zero, color=ZERO, alpha=0.6, linewidth=0)
     axes.plot(x, density, color="black", linewidth=1)
     peak = float(density.max())
     for value in spectrum.top_eigenvalues(num_eigenvalues):
-        axes.plot([value], [peak * 2], marker="v", color=_POSITIVE, markersize=5, clip_on=False)
+        axes.plot([value], [peak * 2], marker="v", color=POSITIVE, markersize=5, clip_on=False)
     axes.set_xscale("symlog", linthresh=linear)
     axes.set_xticks(_decades(spectrum, linear))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -87,9 +90,9 @@ def _decades(spectrum: Spectrum, linear: float) -> list[float]:
 
 def _draw_shares(axes: Axes, spectrum: Spectrum) -> None:
     rows = (
-        ("positive\n(minimum ratio)", spectrum.positive, _POSITIVE),
-        (f"zero (±{spectrum.tol:.2g})", spectrum.zero, _ZERO),
-        ("negative", spectrum.negative, _NEGATIVE),
+        ("positive\n(minimum ratio)", spectrum.positive, POSITIVE),
+        (f"zero (±{spectrum.tol:.2g})", spectrum.zero, ZERO),
+        ("negative", spectrum.negative, NEGATIVE),
     )
     for row, (label, share, colour) in enumerate(rows):
         _draw_share(axes, row, share, colour)

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_optkit.measures.lanczos import dot, inner_sum
 from lightning_optkit.measures.operators import HessianOperator
 from lightning_optkit.measures.shares import Share
 from lightning_optkit.measures.spectrum import Spectrum
@@ -120,16 +121,18 @@ def critical_point(operator: HessianOperator, spectrum: Spectrum) -> CriticalPoi
         'saddle'
     """
     gradient = operator.gradient()
-    norm, noise = float(gradient.norm()), float(operator.gradient_noise())
+    norm, noise = math.sqrt(_inner(operator, gradient, gradient)), float(operator.gradient_noise())
     radius, size = spectrum.spectral_radius, operator.parameter_norm()
     relative = norm / (radius * size) if radius * size > 0 else math.inf if norm > 0 else 0.0
     flatness = math.nan
     if norm > 0 and radius > 0:
-        flatness = float((operator @ gradient).norm()) / (radius * norm)
+        product = operator @ gradient
+        flatness = math.sqrt(_inner(operator, product, product)) / (radius * norm)
     is_zero = norm <= _NEWTON_STEP * spectrum.tol * size
     kind: Kind = _second_order_test(spectrum) if is_zero else "not critical"
     descent = None
-    if spectrum.lambda_min < -spectrum.tol:
+    known = not bool(spectrum.lambda_min_vector.isnan().any())
+    if known and spectrum.lambda_min < -spectrum.tol:
         descent = _descent(operator, spectrum, gradient)
     return CriticalPoint(
         kind, norm, noise, relative, flatness, spectrum.positive, spectrum.negative, descent
@@ -138,7 +141,7 @@ def critical_point(operator: HessianOperator, spectrum: Spectrum) -> CriticalPoi
 
 def _descent(operator: HessianOperator, spectrum: Spectrum, gradient: Tensor) -> Descent:
     direction = spectrum.lambda_min_vector
-    slope = float(gradient @ direction)
+    slope = _inner(operator, gradient, direction)
     if slope > 0:
         direction, slope = -direction, -slope
     loss = float(operator.loss())
@@ -152,6 +155,10 @@ def _descent(operator: HessianOperator, spectrum: Spectrum, gradient: Tensor) ->
         (step * slope + curvature, -step * slope + curvature),
         (changes[0], changes[1]),
     )
+
+
+def _inner(operator: HessianOperator, left: Tensor, right: Tensor) -> float:
+    return float(inner_sum(operator)(dot(left[None], right[None])))
 
 
 def _second_order_test(spectrum: Spectrum) -> Kind:

@@ -12,6 +12,7 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,24 +41,34 @@ class RitzPairs:
     values: Tensor
     vectors: Tensor
 
-    def common(self, other: RitzPairs) -> RitzPairs:
-        """Return the pairs that another probe has found too: eigenvalues that are not repeated."""
+    def common(self, other: RitzPairs, total: Callable[[Tensor], Tensor]) -> RitzPairs:
+        """Return the pairs that another probe has found too: eigenvalues that are not repeated.
+
+        Args:
+            other: pairs of another probe.
+            total: completes dot products, see :func:`~lightning_optkit.measures.lanczos.inner_sum`.
+        """
         if len(self.values) == 0 or len(other.values) == 0:
             return RitzPairs(self.values[:0], self.vectors[:0])
-        cosines = (self.vectors @ other.vectors.T).abs().max(dim=1).values
+        cosines = total(self.vectors @ other.vectors.T).abs().max(dim=1).values
         same = (cosines >= _PARALLEL).cpu()
         return RitzPairs(self.values[same], self.vectors[same.to(self.vectors.device)])
 
 
-def simple_pairs(run: Tridiagonal) -> RitzPairs:
-    """Return the eigenpairs on which all lanes of a run with its basis have converged."""
+def simple_pairs(run: Tridiagonal, total: Callable[[Tensor], Tensor]) -> RitzPairs:
+    """Return the eigenpairs on which all lanes of a run with its basis have converged.
+
+    Args:
+        run: with its basis.
+        total: completes dot products.
+    """
     assert run.basis is not None
     found = [
         _converged(*lane, rows, run.size) for lane, rows in zip(run.lanes(), run.basis, strict=True)
     ]
     first, *others = found
     for other in others:
-        first = first.common(other)
+        first = first.common(other, total)
     return first
 
 
@@ -67,8 +78,7 @@ def lowest_pair(run: Tridiagonal) -> tuple[float, Tensor]:
     spectra = [torch.linalg.eigh(tridiagonal_matrix(*lane)) for lane in run.lanes()]
     lane = min(range(len(spectra)), key=lambda i: float(spectra[i].eigenvalues[0]))
     values, vectors = spectra[lane]
-    vector = vectors[:, 0].to(run.basis) @ run.basis[lane, : len(values)]
-    return float(values[0]), vector / vector.norm()
+    return float(values[0]), vectors[:, 0].to(run.basis) @ run.basis[lane, : len(values)]
 
 
 def _converged(diagonal: Tensor, off_diagonal: Tensor, basis: Tensor, size: int) -> RitzPairs:

@@ -60,20 +60,28 @@ class GradientGraph:
         tangents = [torch.zeros_like(d.primal) if d.tangent is None else d.tangent for d in duals]
         return flat(tangents, self._leaves).detach()
 
-    def products(self, rows: Tensor) -> Tensor:
-        """Return ``H v`` for each row ``v`` of ``rows``, shape ``(k, n)``."""
+    def products(self, rows: Tensor, *, last: bool = False) -> Tensor:
+        """Return ``H v`` for each row ``v`` of ``rows``, shape ``(k, n)``.
+
+        Args:
+            rows: the vectors.
+            last: free the graph while the last of them is multiplied: none can follow.
+        """
         if len(rows) > 1 and rows.shape[1] <= _BATCHED_BELOW:
             try:
-                return self._products_batched(rows)
+                return self._products_batched(rows)  # kept: it may yet have to go one by one
             except (torch.OutOfMemoryError, CurvatureError):
                 raise
             except RuntimeError:  # an operator without a batching rule: one by one
                 pass
         if len(rows) == 1:  # without a copy
-            return flat(self._product(split(rows[0], self._leaves)), self._leaves)[None]
+            product = self._product(split(rows[0], self._leaves), keep=not last)
+            return flat(product, self._leaves)[None]
         products = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        for product, v in zip(products, rows, strict=True):
-            product.copy_(flat(self._product(split(v.contiguous(), self._leaves)), self._leaves))
+        for i, v in enumerate(rows):
+            keep = not last or i < len(rows) - 1
+            pieces = split(v.contiguous(), self._leaves)
+            products[i] = flat(self._product(pieces, keep=keep), self._leaves)
         return products
 
     def _products_batched(self, rows: Tensor) -> Tensor:
@@ -93,7 +101,9 @@ class GradientGraph:
         ]
         return torch.cat([p.reshape(len(rows), -1).to(rows) for p in full], dim=1)
 
-    def _product(self, pieces: Sequence[Tensor], *, batched: bool = False) -> tuple[Tensor, ...]:
+    def _product(
+        self, pieces: Sequence[Tensor], *, batched: bool = False, keep: bool = True
+    ) -> tuple[Tensor, ...]:
         curved = [i for i, g in enumerate(self._gradients) if g.requires_grad]
         leaves = tuple(self._leaves.values())
         if not curved:  # the gradient does not depend on the parameters: a linear loss
@@ -104,7 +114,7 @@ class GradientGraph:
                 [self._gradients[i] for i in curved],
                 leaves,
                 [pieces[i] for i in curved],
-                retain_graph=True,
+                retain_graph=keep,
                 allow_unused=True,
                 materialize_grads=True,
                 is_grads_batched=batched,

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from lightning_optkit.measures.errors import CurvatureError
 
-__all__ = ["SymmetricOperator", "Tridiagonal", "dot", "lanczos", "projection", "rounding_noise"]
+__all__ = [
+    "SymmetricOperator",
+    "Tridiagonal",
+    "dot",
+    "inner_sum",
+    "lanczos",
+    "norm",
+    "projection",
+    "rounding_noise",
+]
 
 
 _PIECE = 512  # terms of a dot product that are summed in float32
@@ -134,7 +143,7 @@ def lanczos(
     for name, count in (("num_matvecs", num_matvecs), ("num_lanes", num_lanes)):
         if count < 1:
             raise ValueError(f"`{name}` must be at least 1, got {count}.")
-    size, total = operator.shape[0], getattr(operator, "inner_sum", _whole)
+    size, total = operator.shape[0], inner_sum(operator)
     q, norms = _start_vectors(operator, num_lanes, start, generator)
     lanes, steps = len(q), min(num_matvecs, size)
     diagonal = torch.zeros(lanes, steps, dtype=dot(q, q).dtype, device=q.device)
@@ -152,7 +161,7 @@ def lanczos(
         if j > 0:
             r -= off_diagonal[:, j - 1, None].to(r) * basis[:, j - 1]
         r -= projection(basis[:, : j + 1], r, total)
-        beta = total(dot(r, r)).sqrt()
+        beta = norm(r, total)
         scale = torch.maximum(scale, alpha.abs() + beta)
         diagonal[:, j] = torch.where(alive, alpha, 0.0)
         alive = alive & ~(beta <= closed * scale)  # NaN stays alive and is found below
@@ -182,13 +191,18 @@ def _start_vectors(
         got = tuple(start.shape)
         raise ValueError(f"`start` must hold non-zero rows of length {size}, got shape {got}.")
     squares = start.double().square().sum(1)
-    if hasattr(operator, "inner_sum"):
-        squares = operator.inner_sum(squares.to(operator.device))
+    squares = inner_sum(operator)(squares.to(operator.device))
     norms = squares.sqrt().cpu()
     if not bool((norms > 0).all()):
         raise ValueError(f"`start` must hold non-zero rows of length {size}, got a row of zeros.")
     unit = start.double() / norms.to(start.device)[:, None]
     return unit.to(operator.device, operator.dtype), norms
+
+
+def inner_sum(operator: object) -> Callable[[Tensor], Tensor]:
+    """Return what completes dot products: a sum over the processes that hold parts of vectors."""
+    total: Callable[[Tensor], Tensor] = getattr(operator, "inner_sum", _whole)
+    return total
 
 
 def _whole(part: Tensor) -> Tensor:
@@ -210,6 +224,14 @@ def dot(left: Tensor, right: Tensor) -> Tensor:
         rest = product[:, whole:].sum(-1, keepdim=True)
         product = torch.cat([pieces, rest], dim=-1)
     return product.sum(-1, dtype=torch.float64)
+
+
+def norm(rows: Tensor, total: Callable[[Tensor], Tensor] = _whole) -> Tensor:
+    """Return the Euclidean norms of rows, ``(lanes, n)``, also where float32 holds no squares."""
+    largest = rows.abs().amax(-1, keepdim=True) if rows.numel() else rows.new_ones(len(rows), 1)
+    unit = rows / largest.clamp_min(torch.finfo(rows.dtype).tiny)
+    squares = dot(unit, unit)
+    return total(squares * largest[:, 0].to(squares).square()).sqrt()
 
 
 def projection(rows: Tensor, vectors: Tensor, total: Callable[[Tensor], Tensor] = _whole) -> Tensor:

@@ -110,9 +110,6 @@ class HessianOperator:
     matrix_name: ClassVar[str] = "Hessian"
     """What a figure calls it."""
 
-    has_slope: ClassVar[bool] = True
-    """Whether a product is the derivative of the gradient, so that differences of it tell."""
-
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the vectors: the widest among the parameters."""
@@ -129,6 +126,21 @@ class HessianOperator:
         """``(n, n)``, where ``n`` is the number of parameters."""
         n = sum(p.numel() for p in self._params.values())
         return n, n
+
+    @property
+    def loss_fns(self) -> list[LossFn]:
+        """The loss of each batch."""
+        return list(self._loss_fns)
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """The parameters by name."""
+        return dict(self._params)
+
+    @property
+    def weights(self) -> list[float]:
+        """The weight of each batch, as it was given."""
+        return list(self._given_weights)
 
     @property
     def names(self) -> list[str]:
@@ -156,7 +168,9 @@ class HessianOperator:
         rows = vectors[None] if vectors.ndim == 1 else vectors.T
         rows = rows.to(self.device, self.dtype)
         products = self._sum(
-            lambda graph: graph.products(rows), shape=tuple(rows.shape), waits=False
+            lambda graph: graph.products(rows, last=self._cache is None),
+            shape=tuple(rows.shape),
+            waits=False,
         )
         self.num_matvecs += len(rows)
         return products[0] if vectors.ndim == 1 else products.T
@@ -200,6 +214,17 @@ class HessianOperator:
                 shape=self.shape[:1],
                 graphs=self._dual_graphs(vector),
             )
+
+    def difference_product(self, vector: Tensor, radius: float) -> tuple[Tensor, float]:
+        """Return about ``H @ vector`` and its rounding error, by a central difference of gradients.
+
+        Args:
+            vector: shape ``(n,)``.
+            radius: half the distance between the two points, as a multiple of ``vector``.
+        """
+        ahead, behind = self.gradient(radius * vector), self.gradient(-radius * vector)
+        rounding = 4 * torch.finfo(self.dtype).eps * float(ahead.norm()) / radius
+        return (ahead - behind) / (2 * radius), rounding
 
     @torch.inference_mode(False)
     def loss(self, offset: Tensor | None = None) -> Tensor:
@@ -265,7 +290,7 @@ class HessianOperator:
         block = type(self)(
             [partial(_with_held, f, held) for f in self._loss_fns],
             chosen,
-            weights=self._given_weights,
+            weights=self.weights,
             graphs=self._graphs_kept,
             reduce=self._reduce,
             self_check=self._unchecked,
@@ -334,7 +359,7 @@ class HessianOperator:
         term: Callable[[Any], Tensor],
         *,
         shape: tuple[int, ...],
-        graphs: Iterable[GradientGraph | Forward] | None = None,
+        graphs: Iterable[Any] | None = None,
         weights: Sequence[float] | None = None,
         waits: bool = True,
     ) -> Tensor:
@@ -368,7 +393,7 @@ class HessianOperator:
     def _own_sum(
         self,
         term: Callable[[Any], Tensor],
-        graphs: Iterable[GradientGraph | Forward],
+        graphs: Iterable[Any],
         weights: Sequence[float],
     ) -> Tensor:
         """Return the weighted sum over the batches of this process."""
@@ -385,7 +410,8 @@ class HessianOperator:
 
 
 def _with_held(loss_fn: LossFn, held: dict[str, Tensor], params: dict[str, Tensor]) -> Any:
-    return loss_fn({name: p.detach() for name, p in held.items()} | params)
+    # leaves too: a loss that needs none of the block still depends on something, and is not refused
+    return loss_fn({name: p.detach().requires_grad_() for name, p in held.items()} | params)
 
 
 def _check_params(params: Mapping[str, Tensor]) -> None:

@@ -21,7 +21,7 @@ from lightning_optkit.measures.deflation import (
     simple_pairs,
 )
 from lightning_optkit.measures.errors import CurvatureError
-from lightning_optkit.measures.lanczos import Tridiagonal, lanczos
+from lightning_optkit.measures.lanczos import Tridiagonal, inner_sum, lanczos
 from lightning_optkit.measures.operators import HessianOperator
 from lightning_optkit.measures.quadrature import gauss
 from lightning_optkit.measures.shares import Share, Shares, certified_shares, exact_shares
@@ -54,7 +54,8 @@ class Spectrum:
         confidence: probability with which each share lies within its bounds.
         num_matvecs: products spent.
         num_params: ``n``.
-        method: ``"exact"`` or ``"lanczos"``.
+        method: ``"exact"``, ``"lanczos"``, ``"fd"`` for Lanczos on finite differences of gradients,
+            or ``"pyhessian"`` for PyHessian's own estimates.
         seconds: wall time spent.
         noise: absolute rounding error of one eigenvalue.
     """
@@ -73,7 +74,7 @@ class Spectrum:
     confidence: float
     num_matvecs: int
     num_params: int
-    method: Literal["exact", "lanczos"]
+    method: Literal["exact", "lanczos", "fd", "pyhessian"]
     seconds: float
     noise: float
 
@@ -370,9 +371,8 @@ def _probe(
     generator = generator or torch.Generator().manual_seed(0)
     together = num_probes if operator.works_in_blocks else 1
     steps = min(num_matvecs, operator.shape[0])
-    workspace = torch.empty(
-        together, steps, operator.shape[0], dtype=operator.dtype, device=operator.device
-    )
+    total, size = inner_sum(operator), getattr(operator, "local_size", operator.shape[0])
+    workspace = torch.empty(together, steps, size, dtype=operator.dtype, device=operator.device)
     runs: list[Tridiagonal] = []
     pairs: RitzPairs | None = None
     lowest, vector = math.inf, torch.empty(0)
@@ -385,8 +385,8 @@ def _probe(
             workspace=workspace,
             generator=generator,
         )
-        found = simple_pairs(run)
-        pairs = found if pairs is None else pairs.common(found)
+        found = simple_pairs(run, total)
+        pairs = found if pairs is None else pairs.common(found, total)
         value, candidate = lowest_pair(run)
         if value < lowest:
             lowest, vector = value, candidate

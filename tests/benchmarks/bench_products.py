@@ -7,27 +7,22 @@ count, and what it takes of caches and memory slows a ratio's two halves alike.
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from lightning_optkit.measures.gradient_graph import flat, split
 from lightning_optkit.measures.operators import HessianOperator
 from tests.benchmarks.nets import WORKLOADS, Workload, cross_entropy
 from tests.benchmarks.page import machine, markdown_table, write_section
+from tests.benchmarks.timing import interleaved, peak_memory
 
 try:
     from pyhessian import hessian as PyHessian
@@ -67,7 +62,6 @@ class Cost:
 
 def main() -> None:
     torch.set_num_threads(1)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler greets on stderr below that
     warnings.filterwarnings("ignore", message=r"Using backward\(\) with create_graph=True")
     console = Console()
     sections = []
@@ -89,7 +83,7 @@ def measured(work: Workload) -> tuple[float, list[Cost]]:
     check_agreement(work, routes, vectors)
     gradient_memory = peak_memory(partial(gradient, work))
     memory = [peak_memory(partial(first_product, route, vectors)) for route in routes]
-    unit, times = interleaved(work, routes, vectors)
+    unit, times = round_times(work, routes, vectors)
     costs = []
     for route, seconds, size in zip(routes, times, memory, strict=True):
         ratios = [s / (u * route.num_vectors) for s, u in zip(seconds, unit, strict=True)]
@@ -98,32 +92,20 @@ def measured(work: Workload) -> tuple[float, list[Cost]]:
     return statistics.median(unit), costs
 
 
-def interleaved(
+def round_times(
     work: Workload, routes: list[Route], vectors: Tensor
 ) -> tuple[list[float], list[list[float]]]:
     """Return the seconds of the gradient and of each route's call, one for each round."""
     inputs = [vectors[:, : route.num_vectors] for route in routes]
     products = [partial(route.prepare(), v) for route, v in zip(routes, inputs, strict=True)]
-    calls = [partial(gradient, work), *products]
-    for call in calls:  # warm: caches filled, kernels chosen
-        call()
-    seconds: list[list[float]] = [[] for _ in calls]
-    begin = time.perf_counter()
-    while len(seconds[0]) < MIN_ROUNDS or time.perf_counter() - begin < SECONDS:
-        first = len(seconds[0]) % len(calls)
-        for i in [*range(first, len(calls)), *range(first)]:  # nobody is always first
-            seconds[i].append(cpu_seconds(calls[i]))
-    return seconds[0], seconds[1:]
+    unit, *times = interleaved(
+        [partial(gradient, work), *products], min_rounds=MIN_ROUNDS, seconds=SECONDS
+    )
+    return unit, times
 
 
 def first_product(route: Route, vectors: Tensor) -> Tensor:
     return route.prepare()(vectors[:, : route.num_vectors])
-
-
-def cpu_seconds(call: Callable[[], object]) -> float:
-    begin = time.process_time()
-    call()
-    return time.process_time() - begin
 
 
 def check_agreement(work: Workload, routes: list[Route], vectors: Tensor) -> None:
@@ -138,22 +120,6 @@ def check_agreement(work: Workload, routes: list[Route], vectors: Tensor) -> Non
         error = float((first_product(route, vectors) - expected).norm() / expected.norm())
         if not error < TOLERANCE:
             raise RuntimeError(f"{route.label} is {error:.1e} away from forward over reverse mode.")
-
-
-def peak_memory(call: Callable[[], object]) -> int:
-    """Return the most bytes of tensors that ``call`` holds at once, beyond what lives already."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(file))
-        events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
-    events = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
-    held = peak = 0
-    for event in events:
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-    return peak
 
 
 # -- routes -----------------------------------------------------------------------------------

@@ -43,9 +43,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 def mlp_workload() -> Workload:
     torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)
-    )
+    net = perceptron()
     inputs, targets = torch.randn(512, 784), torch.randint(10, (512,))
     return Workload("MLP 784-512-512-10, batch 512", net.eval(), inputs, targets)
 
@@ -67,6 +65,12 @@ def gpt_workload() -> Workload:
 
 
 WORKLOADS: list[Callable[[], Workload]] = [mlp_workload, resnet20_workload, gpt_workload]
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)
+    )
 
 
 def resnet20(num_classes: int = 10) -> nn.Module:

@@ -23,18 +23,18 @@ machine it was measured.
 """
 
 
-def write_section(name: str, body: str) -> None:
+def write_section(name: str, body: str, *, page: Path = PAGE) -> None:
     """Put ``body`` between the markers of ``name``, at the end of the page if it has none yet."""
     start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
     section = f"{start}\n{body.strip()}\n{end}"
-    page = PAGE.read_text(encoding="utf-8") if PAGE.exists() else INTRO
+    text = page.read_text(encoding="utf-8") if page.exists() else INTRO
     pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-    if pattern.search(page):
-        page = pattern.sub(lambda _: section, page)
+    if pattern.search(text):
+        text = pattern.sub(lambda _: section, text)
     else:
-        page = f"{page.rstrip()}\n\n{section}\n"
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(page, encoding="utf-8")
+        text = f"{text.rstrip()}\n\n{section}\n"
+    page.parent.mkdir(exist_ok=True)
+    page.write_text(text, encoding="utf-8")
 
 
 def machine() -> str:

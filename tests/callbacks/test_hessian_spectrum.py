@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
@@ -330,13 +330,6 @@ def test_a_step_that_fetches_its_own_batches_is_refused_without_a_loss_fn():
 
     trainer = train(FetchesItself(), image_loader(), every_step(loss_fn=loss_fn))
     assert trainer.callback_metrics["optkit-hessian/lambda_max"] > 0
-
-
-def test_sharded_parameters_are_refused():
-    observer, trainer = every_step(), pl.Trainer(accelerator="cpu", logger=False)
-    trainer.strategy.__class__ = ModelParallelStrategy
-    with pytest.raises(MisconfigurationException, match=r"needs whole parameters.*ModelParallel"):
-        observer.on_train_start(trainer, Plain())
 
 
 # -- what fails during training ----------------------------------------------------------------

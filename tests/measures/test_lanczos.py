@@ -107,6 +107,60 @@ def test_every_ritz_value_has_an_eigenvalue_within_its_residual(spectrum):
     assert float(weights.sum()) == pytest.approx(1, abs=1e-13)
 
 
+HARD = BIG | {
+    "five clusters": torch.cat(
+        [
+            centre + 1e-7 * torch.linspace(-1, 1, 60, dtype=torch.float64)
+            for centre in (-1.0, 0.0, 1.0, 2.0, 5.0)
+        ]
+    ),
+    "one huge": torch.cat(
+        [torch.tensor([1e6], dtype=torch.float64), torch.linspace(-1, 1, 299).double()]
+    ),
+    "squeezed": torch.logspace(-14, 0, 300, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spectrum", HARD)
+def test_one_orthogonalisation_keeps_250_vectors_orthonormal(spectrum, dtype):
+    """Where the residual nearly vanishes too, and all of it is rounding of the product."""
+    matrix = symmetric(HARD[spectrum]).to(dtype)
+    found = lanczos(matrix, 250, num_lanes=2, keep_basis=True)
+    size = float(torch.linalg.matrix_norm(matrix.double(), 2))
+    for lane, (a, b) in enumerate(found.lanes()):
+        q = found.basis[lane, : len(a)].double()
+        gram = q @ q.T - torch.eye(len(a), dtype=torch.float64)
+        assert float(gram.abs().max()) <= 16 * EPS[dtype]
+        residual = matrix.double() @ q.T - q.T @ tridiagonal(found, lane)
+        assert float(residual[:, :-1].norm(dim=0).max()) <= rounding_noise(dtype) * size
+        nodes, _, residuals = gauss(a, b)
+        truth = torch.linalg.eigvalsh(matrix.double())
+        noise = rounding_noise(dtype) * size
+        nearest = (nodes[:, None] - truth).abs().min(dim=1).values
+        assert bool((nearest <= residuals + noise).all())
+        # no ghosts: up to any point there are no more nodes than eigenvalues
+        below = (truth[None, :] <= nodes[:, None] + noise).sum(1)
+        assert bool((torch.arange(1, len(nodes) + 1) <= below).all())
+        above = (truth[None, :] >= nodes[:, None] - noise).sum(1)
+        assert bool((torch.arange(len(nodes), 0, -1) <= above).all())
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_scaling_a_float32_operator_scales_the_result(scale):
+    """Squares of these, which float32 does not hold, must not be taken in it."""
+    matrix = symmetric(BIG["clustered"]).float()
+    plain, scaled = lanczos(matrix, 20), lanczos(matrix * scale, 20)
+    assert scaled.num_steps.tolist() == plain.num_steps.tolist() == [20]
+    first = slice(0, 3)  # later steps amplify rounding
+    torch.testing.assert_close(
+        scaled.diagonal[:, first] / scale, plain.diagonal[:, first], rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(
+        scaled.off_diagonal[:, first] / scale, plain.off_diagonal[:, first], rtol=1e-4, atol=1e-4
+    )
+
+
 # -- early end ------------------------------------------------------------------------------------
 
 

@@ -323,6 +323,49 @@ def test_gradient_loss_and_norm_of_a_quadratic():
 
 
 @pytest.mark.parametrize("graphs", GRAPHS)
+def test_the_loss_at_an_offset_is_the_loss_there(graphs):
+    matrix = symmetric(SPECTRA["distinct"])
+    params = random_params((2, 3), (4,))
+    w, offset = flatten(params), vectors(10, 1)[:, 0]
+    losses = [Quadratic(matrix), Quadratic(2 * matrix)]
+    op = HessianOperator(losses, params, weights=[3, 1], graphs=graphs)
+    here = float(op.loss())
+    there = 5 / 4 * float((w + offset) @ matrix @ (w + offset)) / 2
+    assert float(op.loss(offset)) == pytest.approx(there, rel=1e-12)
+    assert op.loss(offset).shape == ()
+    assert not op.loss(offset).requires_grad
+    assert torch.equal(op.loss(torch.zeros(10, dtype=torch.float64)), op.loss())
+    assert float(op.loss()) == here
+    assert torch.equal(flatten(params), w)
+    assert op.num_matvecs == 0
+    calls = losses[0].calls
+    op.loss(offset)
+    assert losses[0].calls == calls + 1  # a forward pass
+
+
+def test_the_loss_at_an_offset_sums_over_processes():
+    matrix, params = symmetric(SPECTRA["distinct"]), random_params((10,))
+    offset = vectors(10, 1)[:, 0]
+
+    def process(scale: float) -> Callable[[Callable[[Tensor], Tensor]], Any]:
+        loss = Quadratic(scale * matrix)
+        return lambda reduce: HessianOperator(loss, params, reduce=reduce).loss(offset)
+
+    w = flatten(params) + offset
+    for found in in_step(process(0.5), process(1.5)):
+        assert float(found) == pytest.approx(float(w @ matrix @ w) / 2, rel=1e-12)
+
+
+def test_names_are_in_the_order_of_the_vectors():
+    params = {"b": torch.ones(2), "a.weight": torch.ones(3), "a.bias": torch.ones(())}
+    op = HessianOperator(lambda p: p["a.weight"].sum() + 2 * p["b"].sum(), params)
+    assert op.names == ["b", "a.weight", "a.bias"]
+    assert op.gradient().tolist() == [2, 2, 1, 1, 1, 0]
+    op.names.clear()
+    assert len(op.names) == 3
+
+
+@pytest.mark.parametrize("graphs", GRAPHS)
 @pytest.mark.parametrize("size", [1, 10])
 def test_asking_twice_gives_the_same_answer(size, graphs):
     """Weights are multiplied in place: never into what the graphs keep."""

@@ -624,3 +624,150 @@ def test_extremes_agree_with_numpy():
     found = hessian_spectrum(MatrixOperator(matrix), **LANCZOS)
     assert isinstance(found, Spectrum)
     assert found.top_eigenvalues(4) == pytest.approx(truth[::-1][:4].tolist(), rel=1e-10)
+
+
+# -- the lowest eigenvector ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("blocks", [True, False], ids=["together", "in turn"])
+@pytest.mark.parametrize("options", WAYS, ids=["exact", "lanczos"])
+def test_the_vector_is_that_of_the_lowest_eigenvalue(options, blocks, dtype):
+    matrix = symmetric(bulk_and_outliers()).to(dtype)
+    operator = MatrixOperator(matrix, works_in_blocks=blocks)
+    found = hessian_spectrum(operator, **options)
+    u = found.lambda_min_vector
+    assert (u.shape, u.dtype) == ((400,), dtype)
+    assert float(u.norm()) == pytest.approx(1, rel=1e-5)
+    assert float(u.double() @ matrix.double() @ u.double()) == pytest.approx(
+        found.lambda_min, abs=found.noise
+    )
+    residual = (matrix.double() @ u.double() - found.lambda_min * u.double()).norm()
+    assert float(residual) <= found.lambda_min_error + found.noise
+
+
+def test_the_vector_is_that_of_the_best_probe():
+    """Before convergence the probes differ: the value and the vector must be of one probe."""
+    matrix = symmetric(torch.linspace(-1, 1, 300, dtype=torch.float64))
+    for seed in range(8):
+        for blocks in (True, False):
+            found = hessian_spectrum(
+                MatrixOperator(matrix, works_in_blocks=blocks),
+                num_matvecs=4,
+                generator=torch.Generator().manual_seed(seed),
+                **LANCZOS,
+            )
+            u = found.lambda_min_vector
+            assert float(u @ matrix @ u) == pytest.approx(found.lambda_min, rel=1e-10)
+
+
+@pytest.mark.parametrize("eigenvalues", [[0.0], [-2.0], [0.0, 0.0], [3.0, 3.0]])
+@pytest.mark.parametrize("options", WAYS)
+def test_the_vector_of_small_operators(eigenvalues, options):
+    found = hessian_spectrum(quadratic_operator(eigenvalues), **options)
+    u = found.lambda_min_vector
+    assert float(u.norm()) == pytest.approx(1, rel=1e-12)
+    error = symmetric(eigenvalues) @ u - min(eigenvalues) * u
+    assert float(error.norm()) <= 1e-12
+
+
+# -- a tolerance that is found ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", WAYS, ids=["exact", "lanczos"])
+def test_auto_takes_the_smallest_tolerance_that_resolves(options):
+    operator = MatrixOperator(symmetric(bulk_and_outliers()))
+    options = options | {"num_matvecs": 60, "num_probes": 16}
+    found = hessian_spectrum(operator, tol_rel="auto", **options)
+    assert found.tol == pytest.approx(found.tol_rel * found.spectral_radius, rel=1e-12)
+    assert found.positive.upper - found.positive.lower < 0.05
+    by_hand = hessian_spectrum(operator, tol_rel=found.tol_rel, **options)
+    assert (by_hand.positive, by_hand.negative, by_hand.zero) == (
+        found.positive,
+        found.negative,
+        found.zero,
+    )
+    steps = round(10 * math.log10(found.tol_rel))
+    assert found.tol_rel == pytest.approx(10 ** (steps / 10), rel=1e-12)  # ten a decade
+    if not options.get("exact_below", 1):
+        for k in range(-60, steps, 5):
+            finer = hessian_spectrum(operator, tol_rel=10 ** (k / 10), **options)
+            assert finer.positive.upper - finer.positive.lower >= 0.05
+    else:
+        assert steps == -60
+
+
+def test_auto_is_content_with_the_narrowest_where_none_resolves():
+    operator = MatrixOperator(symmetric(torch.linspace(-1, 1, 200, dtype=torch.float64)))
+    options = {"num_matvecs": 3, "num_probes": 1, **LANCZOS}
+    found = hessian_spectrum(operator, tol_rel="auto", **options)
+    width = found.positive.upper - found.positive.lower
+    assert width > 0.05
+    widths = []
+    for k in range(-60, -4):
+        share = hessian_spectrum(operator, tol_rel=10 ** (k / 10), **options).positive
+        widths.append(share.upper - share.lower)
+    assert width == pytest.approx(min(widths), abs=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_auto_stays_above_the_rounding_noise(dtype):
+    matrix = symmetric([1e-9, -1e-9, 1e-3, 5.0]).to(dtype)
+    found = hessian_spectrum(MatrixOperator(matrix), tol_rel="auto")
+    assert found.tol >= 4 * found.noise
+    assert found.tol_rel == pytest.approx({torch.float32: 10**-4.8, torch.float64: 1e-6}[dtype])
+
+
+@pytest.mark.parametrize("options", WAYS)
+def test_auto_with_a_hessian_of_zeros(options):
+    found = hessian_spectrum(quadratic_operator([0.0] * 5), tol_rel="auto", **options)
+    assert (found.minimum_ratio, found.negative_ratio, found.zero_ratio) == (0, 0, 1)
+
+
+def test_the_interval_at_a_found_tolerance_still_holds_the_share():
+    """Choosing among tolerances by width, not by share, must not spoil the confidence."""
+    eigenvalues = bulk_and_outliers(200)
+    operator, missed = MatrixOperator(torch.diag(eigenvalues)), 0
+    for seed in range(40):
+        found = hessian_spectrum(
+            operator,
+            num_matvecs=30,
+            num_probes=2,
+            tol_rel="auto",
+            confidence=0.95,
+            generator=torch.Generator().manual_seed(seed),
+            **LANCZOS,
+        )
+        share = float((eigenvalues > found.tol).double().mean())
+        missed += not found.positive.lower <= share <= found.positive.upper
+    assert missed <= 2 + 4 * math.sqrt(40 * 0.05 * 0.95)
+
+
+@pytest.mark.parametrize("tol_rel", ["automatic", "", None])
+def test_other_words_for_a_tolerance_are_refused(tol_rel):
+    with pytest.raises(ValueError, match="must be at least 0 or 'auto', got"):
+        hessian_spectrum(lecture(), tol_rel=tol_rel)
+
+
+# -- why a condition number is what it is ----------------------------------------------------------
+
+
+def test_the_condition_number_says_what_it_rests_on():
+    assert hessian_spectrum(quadratic_operator([0.5, -10.0])).condition_reason == "10 / 0.5"
+    zero = hessian_spectrum(quadratic_operator([0.0, 0.0]))
+    assert zero.condition_reason == "infinite: every eigenvalue is zero"
+    dead = hessian_spectrum(MatrixOperator(torch.diag(torch.tensor([4.0, 0.0]).double())))
+    assert dead.condition_number == math.inf
+    assert dead.condition_reason.startswith("infinite: an eigenvalue of size 0.0e+00 is zero up to")
+    assert "dead unit" in dead.condition_reason
+
+
+def test_the_condition_number_of_lanczos_is_said_to_be_a_bound():
+    operator = MatrixOperator(symmetric(torch.logspace(-3, 1, 200, dtype=torch.float64)))
+    found = hessian_spectrum(operator, num_matvecs=20, **LANCZOS)
+    bound, large, small = found.condition_reason.rpartition("at least ")[1:][0:1] + tuple(
+        float(number) for number in found.condition_reason.removeprefix("at least ").split(" / ")
+    )
+    assert bound == "at least "
+    assert large / small == pytest.approx(found.condition_number, rel=1e-2)
+    assert large == pytest.approx(10, rel=1e-2)

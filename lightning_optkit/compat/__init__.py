@@ -1,0 +1,1 @@
+"""Interfaces of other curvature libraries, on this package's engine."""
