@@ -167,9 +167,11 @@ class MeasuringCallback(pl.Callback):
 
 @contextmanager
 def buffers_of_rank_zero(trainer: pl.Trainer, module: nn.Module) -> Iterator[None]:
-    """Give all ranks the buffers of rank zero for the block: a checkpoint holds only those.
+    """Give all ranks the buffers of rank zero for the block.
 
-    Statistics of BatchNorm differ from rank to rank, and with them the loss in eval mode.
+    Statistics of BatchNorm differ from rank to rank, and with them the loss in eval mode: ranks
+    would sum the curvature of different functions. Rank zero's are those that DDP trains with and
+    that a checkpoint holds.
     """
     buffers = list(module.buffers()) if trainer.world_size > 1 else []
     own = [buffer.detach().clone() for buffer in buffers]

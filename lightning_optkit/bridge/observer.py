@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import lightning.pytorch as pl
 
 from lightning_optkit.bridge.cadence import Cadence, logger_step
-from lightning_optkit.bridge.measuring import MeasuringCallback
+from lightning_optkit.bridge.measuring import MeasuringCallback, buffers_of_rank_zero
 from lightning_optkit.bridge.probe import Probe
 from lightning_optkit.bridge.report import report
 
@@ -98,7 +98,7 @@ class Observer(MeasuringCallback, ABC, Generic[Result]):
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         started = time.monotonic()
         with self._cadence.measuring(step), self._warning_once(step):
-            with self._probe(trainer, pl_module) as probe:
+            with buffers_of_rank_zero(trainer, pl_module), self._probe(trainer, pl_module) as probe:
                 result = self.measure(trainer, pl_module, probe)
             seconds = time.monotonic() - started
             self._latest = step, result  # before the report: a logger may fail on one rank only

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_optkit import HessianSpectrum
+from lightning_optkit import HessianSpectrum, is_probing
 from tests.contracts import assert_same, run
 from tests.distributed import run_in_two_processes
 from tests.modules import DictAutoencoder, images
@@ -55,10 +55,25 @@ def uneven_data() -> list[list[dict[str, torch.Tensor]]]:
     return [[{"image": x[:7]}, {"image": x[7:10]}], [{"image": x[10:]}]]
 
 
+class Scaled(DictAutoencoder):
+    """A step leaves another buffer on each rank, as BatchNorm does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(1.0))
+
+    def training_step(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        found = super().training_step(batch)
+        found["loss"] = found["loss"] * self.scale
+        if not is_probing():
+            self.scale = torch.tensor(2.0 + self.global_rank, dtype=self.scale.dtype)
+        return found
+
+
 def measured(data: list[dict[str, torch.Tensor]], **options: Any) -> dict[str, float]:
     """Return what is measured after a step with a learning rate of zero."""
     pl.seed_everything(3, verbose=False)
-    module = DictAutoencoder().double()
+    module = Scaled().double()
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
     trainer = pl.Trainer(
         accelerator="cpu",

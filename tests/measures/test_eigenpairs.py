@@ -590,3 +590,51 @@ def test_arguments_that_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         top_eigenpairs(operator, **options)
     assert operator.num_matvecs == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5, 1000])
+def test_a_spectrum_of_few_values_costs_few_products(rank):
+    """Zero, low rank, and identity: spaces close, and that nothing is hidden is soon known."""
+    n = 1000
+    matrix = torch.zeros(n, n, dtype=torch.float64)
+    matrix.diagonal()[:rank] = 1.0 if rank == n else torch.arange(1.0, rank + 1).double()
+    for k, most in ((1, 2 * (rank % n + 2)), (3, 4 * (rank % n + 2))):
+        found = top_eigenpairs(MatrixOperator(matrix), k)
+        truth = matrix.diagonal().sort(descending=True).values[:k]
+        assert bool((found.values - truth).abs().max() <= 1e-10)
+        assert found.num_matvecs <= most
+
+
+def test_a_runner_up_that_overtakes_is_seen_at_once():
+    """Two eigenvectors that never turn: the lower one rises and crosses."""
+    bulk = torch.linspace(-0.2, 0.5, 298, dtype=torch.float64)
+    vectors, start = orthogonal(300), None
+    for step in range(30):
+        top = torch.tensor([3.0 - 0.05 * step, 2.0 + 0.05 * step], dtype=torch.float64)
+        eigenvalues = torch.cat([bulk, top])
+        matrix = vectors @ torch.diag(eigenvalues) @ vectors.T
+        found = top_eigenpairs(MatrixOperator(matrix), 1, which="largest", start=start)
+        assert float(found.values[0]) == pytest.approx(float(top.max()), rel=1e-3)
+        assert start is None or found.num_matvecs <= 3
+        start = found.subspace
+
+
+def test_a_tracked_space_is_cut_back_and_goes_on():
+    matrix = symmetric(net_like(200))
+    truth = torch.linalg.eigvalsh(matrix)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(3, 200, generator=generator, dtype=torch.float64)
+    found = top_eigenpairs(
+        MatrixOperator(matrix), 2, which="largest", rtol=1e-10, start=start, basis_size=8
+    )
+    assert found.num_matvecs > 8
+    assert bool(found.converged.all())
+    torch.testing.assert_close(found.values, truth[-2:].flip(0), rtol=1e-9, atol=0)
+    assert_certified(found, matrix)
+
+
+def test_rows_that_are_the_same_count_once():
+    matrix = symmetric(net_like(200))
+    top = torch.linalg.eigh(matrix).eigenvectors[:, -1]
+    found = top_eigenpairs(MatrixOperator(matrix), 1, start=torch.stack([top, top, -top]))
+    assert float(found.values[0]) == pytest.approx(16.0, rel=1e-9)

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import (
     binary_cross_entropy_with_logits,
     cross_entropy,
+    gaussian_nll_loss,
     kl_div,
     log_softmax,
     mse_loss,
@@ -364,9 +365,23 @@ def test_a_loss_without_a_known_loss_function_is_refused():
 
 
 def test_a_loss_function_called_on_data_alone_is_refused():
-    refused(lambda p: mse_loss(torch.zeros(3).double(), p["w"]), "calls none of")
+    refused(lambda p: p["w"].sum() + mse_loss(torch.zeros(3), torch.ones(3)), "calls none of")
+    refused(lambda p: (p["w"].sum(), {"logits": p["w"]}), "a sequence of tensors, got dict")
     refused(lambda p: (p["w"].sum(), torch.ones(3)), "calls none of")
     refused(lambda p: (p["w"].sum(), []), "calls none of")
+
+
+def test_outputs_are_found_wherever_a_loss_function_takes_them():
+    w, y = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64), torch.ones(3).double()
+    right = GaussNewtonOperator(lambda p: mse_loss(p["w"].sin(), y), {"w": w}).dense()
+    swapped = GaussNewtonOperator(lambda p: mse_loss(y, p["w"].sin()), {"w": w}).dense()
+    torch.testing.assert_close(swapped, right, rtol=1e-12, atol=0)
+    # mean and variance both come from the net: all of the Hessian in them counts
+    both = GaussNewtonOperator(
+        lambda p: gaussian_nll_loss(p["w"][:1] * 1.0, y[:1], p["w"][2:] * 1.0), {"w": w}
+    )
+    exact = HessianOperator(lambda p: gaussian_nll_loss(p["w"][:1], y[:1], p["w"][2:]), {"w": w})
+    torch.testing.assert_close(both.dense(), exact.dense(), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(
