@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lightning_optkit.measures.cost_model import MeasurementCost
 
 __all__ = ["main"]
 
@@ -26,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo = commands.add_parser("demo", help="train a small net on real data and show its Hessian")
     demo.add_argument("--logdir", default="optkit_logs", help="where the logs go")
     demo.add_argument("--epochs", type=_positive, default=15, help="length of the training")
-    demo.add_argument("--seed", type=int, default=0, help="seed of weights and shuffling")
+    demo.add_argument("--seed", type=_whole, default=0, help="seed of weights and shuffling")
     demo.set_defaults(run=_demo)
     _add_inspect(commands)
     _add_plan(commands)
@@ -64,6 +70,13 @@ def _add_inspect(commands: Any) -> None:
     add("--num-matvecs", type=_at_least_two, default=80, help="Lanczos steps of one probe")
     add("--num-probes", type=_positive, default=4, help="Lanczos probes")
     add("--tol-rel", type=_tolerance, default=1e-3, help="what counts as zero, or auto")
+    add("--curvature", choices=("hessian", "gauss_newton"), default="hessian", help="which matrix")
+    add(
+        "--graphs",
+        choices=("cached", "lockstep"),
+        default="cached",
+        help="gradient graphs of all batches, or one at a time and all probes' vectors",
+    )
     add("--mode", choices=("eval", "train"), default="eval", help="of dropout and BatchNorm")
     add("--parameters", nargs="+", metavar="PATTERN", help="glob patterns of parameter names")
     add("--loss-index", type=_natural, default=0, help="which manual_backward gives the loss")
@@ -131,6 +144,8 @@ def _inspect(options: argparse.Namespace) -> int:
             loss_index=options.loss_index,
             top_k=options.top_k,
             exact_below=options.exact_below,
+            curvature=options.curvature,
+            graphs=options.graphs,
             per_layer=options.per_layer,
             seed=options.seed,
             device=options.device,
@@ -143,7 +158,6 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.table import Table
 
     from lightning_optkit.measures.cost_model import Hardware, Route, measurement_cost
 
@@ -152,8 +166,8 @@ def _plan(options: argparse.Namespace) -> int:
         "lockstep": 'whole, graphs="lockstep"',
         "sharded": "FSDP2, finite differences",
     }
-    costs = [
-        measurement_cost(
+    costs = {
+        label: measurement_cost(
             options.params,
             route=route,
             world_size=options.world_size,
@@ -165,32 +179,49 @@ def _plan(options: argparse.Namespace) -> int:
             activations=options.activations,
             hardware=Hardware(options.flops, options.efficiency, options.bandwidth),
         )
-        for route in routes
-    ]
+        for route, label in routes.items()
+    }
+    Console().print(_plan_table(costs))
+    return 0
+
+
+def _plan_table(costs: Mapping[str, MeasurementCost]) -> Table:
+    """Return the costs as columns, by their labels."""
+    from rich.table import Table
+
+    cost = next(iter(costs.values()))
+    title = ", ".join(
+        f"{count:,} {name}{'s' * (count != 1)}"
+        for count, name in (
+            (cost.num_params, "parameter"),
+            (cost.world_size, "device"),
+            (cost.num_samples, "sample"),
+        )
+    )
     table = Table(
-        title=f"One measurement in {options.params:,} parameters on {options.world_size:,} "
-        f"devices: {costs[0].num_products:,} products on {costs[0].num_samples:,} samples",
+        title=f"One measurement: {title}",
         title_justify="left",
         caption="bytes on each device, beside what training holds there",
     )
     table.add_column("on each device", style="bold", no_wrap=True)
-    for label in routes.values():
+    for label in costs:
         table.add_column(label, justify="right")
-    for row, values in (
-        ("work, gradients", [f"{cost.gradients:,.0f}" for cost in costs]),
-        ("work, FLOP", [f"{cost.flops:.2g}" for cost in costs]),
-        ("parameters", [_bytes(cost.parameter_bytes) for cost in costs]),
-        ("Krylov vectors", [_bytes(cost.krylov_bytes) for cost in costs]),
-        ("gradient graphs", [_bytes(cost.graph_bytes) for cost in costs]),
-        ("working memory", [_bytes(cost.working_bytes) for cost in costs]),
-        ("memory in all", [_bytes(cost.total_bytes) for cost in costs]),
-        ("time, arithmetic", [_duration(cost.compute_seconds) for cost in costs]),
-        ("time, network", [_duration(cost.network_seconds) for cost in costs]),
-        ("time in all", [_duration(cost.seconds) for cost in costs]),
-    ):
-        table.add_row(row, *values)
-    Console().print(table)
-    return 0
+    rows: dict[str, Callable[[MeasurementCost], str]] = {
+        "products": lambda cost: f"{cost.num_products:,}",
+        "work, gradients": lambda cost: f"{cost.gradients:,.0f}",
+        "work, FLOP": lambda cost: f"{cost.flops:.2g}",
+        "parameters": lambda cost: _bytes(cost.parameter_bytes),
+        "Krylov vectors": lambda cost: _bytes(cost.krylov_bytes),
+        "gradient graphs": lambda cost: _bytes(cost.graph_bytes),
+        "working memory": lambda cost: _bytes(cost.working_bytes),
+        "memory in all": lambda cost: _bytes(cost.total_bytes),
+        "time, arithmetic": lambda cost: _duration(cost.compute_seconds),
+        "time, network": lambda cost: _duration(cost.network_seconds),
+        "time in all": lambda cost: _duration(cost.seconds),
+    }
+    for row, shown in rows.items():
+        table.add_row(row, *(shown(cost) for cost in costs.values()))
+    return table
 
 
 def _bytes(count: float) -> str:
@@ -222,40 +253,44 @@ def _at_least_two(text: str) -> int:
     return _integer(text, least=2)
 
 
+def _whole(text: str) -> int:
+    return int(_checked(text, int, lambda number: True, "a whole number"))
+
+
 def _integer(text: str, *, least: int) -> int:
-    number = int(text)
-    if number < least:
-        raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
-    return number
+    rule = f"a whole number of at least {least}"
+    return int(_checked(text, int, lambda number: number >= least, rule))
 
 
 def _count(text: str) -> int:
-    number = float(text)
-    if not 1 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text}")
-    return round(number)
+    fits = _checked(text, float, lambda number: number >= 1, "a positive number such as 7e9")
+    return round(fits)
 
 
 def _speed(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return number
+    return _checked(text, float, lambda number: number > 0, "a positive number such as 5e10")
 
 
 def _share(text: str) -> float:
-    number = float(text)
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text}")
-    return number
+    return _checked(text, float, lambda number: 0 < number <= 1, "a number in (0, 1]")
 
 
 def _tolerance(text: str) -> float | str:
     if text == "auto":
         return text
-    number = float(text)
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be at least 0, or auto, got {text}")
+    return _checked(text, float, lambda number: number >= 0, "a number of at least 0, or auto")
+
+
+def _checked(
+    text: str, kind: Callable[[str], float], fits: Callable[[float], bool], rule: str
+) -> float:
+    """Return the finite number in ``text``, or refuse it by its rule."""
+    try:
+        number = kind(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and fits(number)):
+        raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
     return number
 
 

@@ -20,6 +20,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_optkit.bridge.measuring import MeasuringCallback
@@ -27,17 +28,34 @@ from lightning_optkit.bridge.probe import Probe
 from lightning_optkit.measures import (
     CriticalPoint,
     Eigenpairs,
+    GaussNewtonOperator,
     GradientStep,
     HessianOperator,
     Spectrum,
+    StabilityThreshold,
     critical_point,
     hessian_spectrum,
     layer_spectra,
+    stability_threshold,
     step_along_gradient,
     top_eigenpairs,
 )
 
-__all__ = ["Inspection", "InspectionError", "InspectionSettings", "inspect_checkpoint", "one_line"]
+__all__ = [
+    "OPERATORS",
+    "Inspection",
+    "InspectionError",
+    "InspectionSettings",
+    "OptimizerStability",
+    "inspect_checkpoint",
+    "one_line",
+]
+
+OPERATORS: dict[str, type[HessianOperator]] = {
+    "hessian": HessianOperator,
+    "gauss_newton": GaussNewtonOperator,
+}
+"""What ``curvature`` may be, and what is measured then."""
 
 # An eigenvalue to four digits is what a table shows; docs/benchmarks.md measures this tolerance.
 _PAIR_RTOL = 1e-4
@@ -66,6 +84,8 @@ class InspectionSettings:
         loss_index: which ``manual_backward`` of a step gives the loss, counted from 0.
         top_k: how many eigenvalues of largest size to find.
         exact_below: largest number of parameters for which all eigenvalues are computed.
+        curvature: ``"hessian"``, or ``"gauss_newton"``: without the curvature of the net itself.
+        graphs: ``"cached"`` keeps one gradient graph for each batch; ``"lockstep"`` one at a time.
         per_layer: measure each layer's own block too.
         seed: seeds the choice of batches and the probes.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``.
@@ -80,9 +100,35 @@ class InspectionSettings:
     loss_index: int = 0
     top_k: int = 5
     exact_below: int = 1000
+    curvature: Literal["hessian", "gauss_newton"] = "hessian"
+    graphs: Literal["cached", "lockstep"] = "cached"
     per_layer: bool = False
     seed: int = 0
     device: str = "auto"
+
+
+@dataclass(frozen=True)
+class OptimizerStability:
+    """The largest curvature against what the checkpoint's optimizer is stable at.
+
+    Attributes:
+        optimizer: name of its class.
+        learning_rate: of the next step.
+        threshold: the largest curvature that is stable.
+        lambda_max: largest eigenvalue of the Hessian as the optimizer scales it.
+        lambda_max_error: estimate of its error.
+    """
+
+    optimizer: str
+    learning_rate: float
+    threshold: float
+    lambda_max: float
+    lambda_max_error: float
+
+    @property
+    def ratio(self) -> float:
+        """``lambda_max / threshold``: above 1 a step along the sharpest direction overshoots."""
+        return self.lambda_max / self.threshold
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no single truth value
@@ -101,6 +147,7 @@ class Inspection:
         pairs: those of largest size, with residuals.
         point: the kind of point, with the evidence.
         step: along the gradient.
+        stability: with the optimizer in the checkpoint, or one line why it is not known.
         layers: spectrum of each layer's block; empty unless asked for.
         num_products: Hessian-vector products spent in all.
         seconds: wall time spent, loading apart.
@@ -117,6 +164,7 @@ class Inspection:
     pairs: Eigenpairs
     point: CriticalPoint
     step: GradientStep
+    stability: OptimizerStability | str
     layers: dict[str, Spectrum]
     num_products: int
     seconds: float
@@ -161,7 +209,7 @@ def inspect_checkpoint(
             f"--data must name the training data, got none: {module} has no `train_dataloader`."
         )
     source = _data(Path(checkpoint), data, dict(data_args or {}), content, trust=trust)
-    inspector = _Inspector(content["state_dict"], settings)
+    inspector = _Inspector(content, settings, _without_training(model))
     try:
         with _quiet():
             trainer = _trainer(content["state_dict"], inspector, settings)
@@ -193,7 +241,9 @@ class _InspectedError(Exception):
 class _Inspector(MeasuringCallback):
     """Measures at the start of ``fit``, at given weights, and ends it."""
 
-    def __init__(self, state_dict: dict[str, Tensor], settings: InspectionSettings) -> None:
+    def __init__(
+        self, content: dict[str, Any], settings: InspectionSettings, failures: list[Exception]
+    ) -> None:
         super().__init__(
             topic="optkit-inspection",
             parameters=None if settings.parameters is None else list(settings.parameters),
@@ -202,7 +252,9 @@ class _Inspector(MeasuringCallback):
             loss_index=settings.loss_index,
             seed=settings.seed,
         )
-        self._state_dict = state_dict
+        self._state_dict = content["state_dict"]
+        self._optimizer_states = content.get("optimizer_states") or []
+        self._failures = failures  # of `configure_optimizers`
         self._settings = settings
         self.found: dict[str, Any] | None = None
 
@@ -215,8 +267,9 @@ class _Inspector(MeasuringCallback):
         self._load(pl_module)  # whatever the module's own hooks did to them
         self._open(trainer, pl_module)
         started = time.perf_counter()
+        limit = self._limit(trainer, pl_module)  # in a probe all optimizers are inert
         with self._probe(trainer, pl_module) as probe:
-            self.found = self._measured(pl_module, probe)
+            self.found = self._measured(pl_module, probe, limit)
         self.found["seconds"] = time.perf_counter() - started
         raise _InspectedError
 
@@ -226,12 +279,15 @@ class _Inspector(MeasuringCallback):
         except RuntimeError as error:
             raise InspectionError(_misfit(type(pl_module).__name__, error)) from error
 
-    def _measured(self, pl_module: pl.LightningModule, probe: Probe) -> dict[str, Any]:
+    def _measured(
+        self, pl_module: pl.LightningModule, probe: Probe, limit: StabilityThreshold | str
+    ) -> dict[str, Any]:
         settings = self._settings
-        operator = HessianOperator(
+        operator = OPERATORS[settings.curvature](
             [probe.loss_fn(held.batch, i) for i, held in enumerate(self.held_batches)],
             probe.parameters(self.parameter_names(pl_module)),
             weights=[held.num_samples for held in self.held_batches],
+            graphs=settings.graphs,
         )
         of_spectrum: dict[str, Any] = {
             "num_matvecs": settings.num_matvecs,
@@ -252,10 +308,64 @@ class _Inspector(MeasuringCallback):
             "pairs": pairs,
             "point": critical_point(operator, spectrum),
             "step": step_along_gradient(operator),
+            "stability": limit if isinstance(limit, str) else self._stability(limit, operator),
             "loss": float(operator.loss()),
             "num_samples": int(operator.total_weight),
             "num_products": operator.num_matvecs + sum(s.num_matvecs for s in layers.values()),
         }
+
+    def _stability(
+        self, limit: StabilityThreshold, operator: HessianOperator
+    ) -> OptimizerStability:
+        """Return the largest curvature that the optimizer sees, against its limit."""
+        top = top_eigenpairs(
+            limit.precondition(operator),
+            1,
+            which="largest",
+            rtol=_PAIR_RTOL,
+            generator=self._generator(),
+        )
+        return OptimizerStability(
+            optimizer=limit.optimizer,
+            learning_rate=float(limit.learning_rate),
+            threshold=float(limit.threshold),
+            lambda_max=float(top.values[0]),
+            lambda_max_error=float(top.errors[0]),
+        )
+
+    def _limit(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> StabilityThreshold | str:
+        """Return what the checkpoint's optimizer is stable at, or one line why it is not known."""
+        if self._settings.curvature != "hessian":
+            return "the limit is one of the Hessian's: leave out --curvature"
+        named = dict(pl_module.named_parameters())
+        params = {name: named[name] for name in self.parameter_names(pl_module)}
+        try:
+            found = stability_threshold(self._optimizer(trainer, params), params)
+        except Exception as error:  # an optimizer's own, too
+            return one_line(error)
+        if len(found.preconditioner) != sum(p.numel() for p in params.values()):
+            return "the optimizer's state does not fit the parameters"
+        return found
+
+    def _optimizer(self, trainer: pl.Trainer, params: Mapping[str, Tensor]) -> Optimizer:
+        """Return the optimizer of these parameters, in the state of the checkpoint.
+
+        Raises:
+            InspectionError: if there is none.
+        """
+        if self._failures:
+            raise InspectionError(f"`configure_optimizers` failed: {one_line(self._failures[0])}")
+        if not self._optimizer_states:
+            raise InspectionError("the checkpoint holds no optimizer's state")
+        wanted = {id(p) for p in params.values()}
+        for optimizer, state in zip(trainer.optimizers, self._optimizer_states, strict=False):
+            owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            if wanted <= owned:
+                optimizer.load_state_dict(state)
+                return optimizer
+        raise InspectionError("no optimizer owns all parameters that are measured: --parameters")
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self._settings.seed)
@@ -314,7 +424,6 @@ def _module(
         ) from error
     except Exception as error:
         raise InspectionError(_misfit(name, error)) from error
-    _without_training(model)
     return model
 
 
@@ -383,21 +492,27 @@ def _imported(name: str, option: str) -> Any:
     return found
 
 
-def _without_training(model: pl.LightningModule) -> None:
+def _without_training(model: pl.LightningModule) -> list[Exception]:
     """Let ``fit`` start where only training would need more: callbacks, and optimizers that fail.
 
     A manual step asks for its optimizers, so they are made where they can be.
+
+    Returns:
+        What will have kept them from being made.
     """
     configure = model.configure_optimizers
+    failures: list[Exception] = []
 
     def optimizers_if_any() -> Any:
         try:
             return configure()
-        except Exception:
+        except Exception as error:
+            failures.append(error)
             return None
 
     model.configure_optimizers = optimizers_if_any  # type: ignore[method-assign]
     model.configure_callbacks = list  # type: ignore[method-assign]
+    return failures
 
 
 def _trainer(

@@ -19,9 +19,11 @@ from rich.table import Table
 from lightning_optkit import __version__
 from lightning_optkit.figures.spectrum import spectrum_figure
 from lightning_optkit.inspection import (
+    OPERATORS,
     Inspection,
     InspectionError,
     InspectionSettings,
+    OptimizerStability,
     inspect_checkpoint,
     one_line,
 )
@@ -112,8 +114,9 @@ def _summary(found: Inspection) -> Table:
     for row in (
         ("checkpoint", found.checkpoint, when),
         ("parameters", f"{spectrum.num_params:,}", f"{found.settings.mode} mode"),
-        ("loss", f"{found.loss:.4g}", f"on {found.num_samples:,} training samples"),
-        ("kind of point", point.kind, _gradient_note(found)),
+        ("matrix", _matrix(found), ""),
+        ("loss", f"{found.loss:.4g}", f"on {_counted(found.num_samples, 'training sample')}"),
+        ("kind of point", _kind(found), _gradient_note(found)),
         ("flatness", _number(point.flatness), "‖Hg‖ / (max|λ| ‖g‖): near 0, g lies in flat space"),
         ("λ max", _with_error(spectrum.lambda_max, spectrum.lambda_max_error), "sharpness"),
         ("λ min", _with_error(spectrum.lambda_min, spectrum.lambda_min_error), _descent(point)),
@@ -121,12 +124,49 @@ def _summary(found: Inspection) -> Table:
         ("negative ratio", str(spectrum.negative), f"share of λ < -{spectrum.tol:.2g}"),
         ("zero ratio", str(spectrum.zero), f"share within {spectrum.tol:.2g} of zero"),
         ("trace", _with_error(spectrum.trace, spectrum.trace_standard_error), "sum of all λ"),
-        ("condition", _number(spectrum.condition_number), spectrum.condition_reason),
+        ("condition", _condition(spectrum), spectrum.condition_reason),
         ("best step", _number(step.step), "learning rate gᵀg / gᵀHg: lowest along the gradient"),
         ("  lowers loss", _number(step.decrease), "by the quadratic model"),
+        *_stability_rows(found.stability),
     ):
         table.add_row(*map(escape, row))
     return table
+
+
+def _matrix(found: Inspection) -> str:
+    return OPERATORS[found.settings.curvature].matrix_name
+
+
+def _kind(found: Inspection) -> str:
+    critical = found.point.kind != "not critical"
+    if critical and found.settings.curvature != "hessian":
+        return "critical, of a kind that only the Hessian tells"
+    return found.point.kind
+
+
+def _condition(spectrum: Spectrum) -> str:
+    bound = "≥ " if _is_lower_bound(spectrum) else ""
+    return f"{bound}{_number(spectrum.condition_number)}"
+
+
+def _is_lower_bound(spectrum: Spectrum) -> bool:
+    """Return whether the condition number may be larger than what was found."""
+    return spectrum.method != "exact" and math.isfinite(spectrum.condition_number)
+
+
+def _stability_rows(found: OptimizerStability | str) -> list[tuple[str, str, str]]:
+    if isinstance(found, str):
+        return [("stability", "not known", found)]
+    with_error = _with_error(found.lambda_max, found.lambda_max_error)
+    stable_at = f"of {found.optimizer} at the learning rate {found.learning_rate:.3g}"
+    return [
+        ("threshold", _number(found.threshold), f"largest stable curvature {stable_at}"),
+        ("  ratio", _number(found.ratio), f"λ max as the optimizer scales it, {with_error}, to it"),
+    ]
+
+
+def _counted(count: int, name: str) -> str:
+    return f"{count:,} {name}{'s' * (count != 1)}"
 
 
 def _gradient_note(found: Inspection) -> str:
@@ -191,9 +231,8 @@ def write_figures(found: Inspection, folder: str | Path) -> list[Path]:
     paths = []
     for name, (of_layer, spectrum) in spectra.items():
         figure = spectrum_figure(spectrum, num_eigenvalues=found.settings.top_k)
-        figure.suptitle(
-            f"Hessian spectrum{of_layer}, {spectrum.num_params:,} parameters", fontsize=12
-        )
+        size = _counted(spectrum.num_params, "parameter")
+        figure.suptitle(f"{_matrix(found)} spectrum{of_layer}, {size}", fontsize=12)
         paths.append(folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.png")
         figure.savefig(paths[-1], dpi=150)
     return paths
@@ -238,11 +277,18 @@ def inspection_json(found: Inspection) -> dict[str, Any]:
             ],
             "critical_point": point,
             "gradient_step": asdict(found.step),
+            **_stability_json(found.stability),
             "layers": {name: _spectrum_json(spectrum) for name, spectrum in found.layers.items()},
             "num_products": found.num_products,
             "seconds": found.seconds,
         }
     )
+
+
+def _stability_json(found: OptimizerStability | str) -> dict[str, Any]:
+    if isinstance(found, str):
+        return {"stability": None, "stability_reason": found}
+    return {"stability": asdict(found) | {"ratio": found.ratio}, "stability_reason": None}
 
 
 def _spectrum_json(spectrum: Spectrum) -> dict[str, Any]:
@@ -271,8 +317,20 @@ def _spectrum_json(spectrum: Spectrum) -> dict[str, Any]:
         "trace": spectrum.trace,
         "trace_standard_error": spectrum.trace_standard_error,
         "condition_number": spectrum.condition_number,
+        "condition_number_is_lower_bound": _is_lower_bound(spectrum),
         "condition_reason": spectrum.condition_reason,
         "num_matvecs": spectrum.num_matvecs,
+        **_quadrature_json(spectrum),
+    }
+
+
+def _quadrature_json(spectrum: Spectrum) -> dict[str, Any]:
+    """Return nodes and weights of each probe, without the padding."""
+    nodes, weights = spectrum.ritz_values, spectrum.ritz_weights
+    filled = [~probe.isnan() for probe in nodes]
+    return {
+        "ritz_values": [probe[own].tolist() for probe, own in zip(nodes, filled, strict=True)],
+        "ritz_weights": [probe[own].tolist() for probe, own in zip(weights, filled, strict=True)],
     }
 
 

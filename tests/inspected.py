@@ -92,6 +92,35 @@ class NoOptimizer(Plain):
         return super().configure_optimizers()
 
 
+class Trained(Plain):
+    """Two optimizers to choose from, with a schedule."""
+
+    def __init__(self, width: int = 4, optimizer: str = "adamw") -> None:
+        super().__init__(width=width)
+        self.optimizer = optimizer
+        self.save_hyperparameters()
+
+    def configure_optimizers(self) -> Any:
+        if self.optimizer == "lbfgs":
+            return torch.optim.LBFGS(self.parameters(), lr=0.1)
+        if self.optimizer == "part":
+            return torch.optim.SGD(self.net[0].parameters(), lr=0.1)
+        made = (
+            torch.optim.AdamW(self.parameters(), lr=0.02, weight_decay=0.1)
+            if self.optimizer == "adamw"
+            else torch.optim.SGD(self.parameters(), lr=0.4, momentum=0.9)
+        )
+        return [made], [torch.optim.lr_scheduler.ExponentialLR(made, 0.5)]
+
+
+class OneWeight(Plain):
+    """A single parameter."""
+
+    def make(self) -> None:
+        self.scale = nn.Parameter(torch.ones(()))
+        self.net = lambda inputs: self.scale * inputs[:, :3]
+
+
 class WritesWeights(Plain):
     """Hooks that change the weights before the first step."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import lightning_optkit
-from lightning_optkit.cli import _pairs, main
+from lightning_optkit.cli import _checked, _pairs, _share, _tolerance, _whole, main
 
 
 def test_demo_trains_and_ends_with_a_table(tmp_path, capsys, monkeypatch):
@@ -120,6 +120,7 @@ def test_inspect_takes_every_option(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     words = (
         "--module quadratic_study.Fit --data quadratic_study.data --json --device cpu "
+        "--curvature hessian --graphs lockstep "
         "--num-batches 1 --num-matvecs 5 --num-probes 2 --tol-rel auto --mode train "
         "--top-k 1 --exact-below 0 --per-layer --seed 3 --loss-index 0 --parameters weights x.* "
         "--module-args curvature=4.5"
@@ -136,6 +137,8 @@ def test_inspect_takes_every_option(tmp_path, monkeypatch, capsys):
         "loss_index": 0,
         "top_k": 1,
         "exact_below": 0,
+        "curvature": "hessian",
+        "graphs": "lockstep",
         "per_layer": True,
         "seed": 3,
         "device": "cpu",
@@ -196,14 +199,46 @@ def test_wrong_arguments_of_a_command_exit_with_its_usage(arguments, capsys):
     assert f"usage: lightning-optkit {arguments[0]}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("plan --params abc", "--params: must be a positive number such as 7e9, got abc"),
+        ("plan --params 0", "--params: must be a positive number such as 7e9, got 0"),
+        ("plan --params inf", "--params: must be a positive number such as 7e9, got inf"),
+        ("plan --params 1 --activations x", "must be a positive number such as 7e9, got x"),
+        ("plan --params 1 --flops fast", "must be a positive number such as 5e10, got fast"),
+        ("plan --params 1 --bandwidth -1", "must be a positive number such as 5e10, got -1"),
+        ("plan --params 1 --efficiency half", "must be a number in (0, 1], got half"),
+        ("plan --params 1 --efficiency 2", "must be a number in (0, 1], got 2"),
+        ("plan --params 1 --world-size 1.5", "must be a whole number of at least 1, got 1.5"),
+        ("inspect a --module b --num-matvecs 1", "must be a whole number of at least 2, got 1"),
+        ("inspect a --module b --seed x", "must be a whole number of at least 0, got x"),
+        ("inspect a --module b --tol-rel x", "must be a number of at least 0, or auto, got x"),
+        ("inspect a --module b --curvature x", "argument --curvature: invalid choice: 'x'"),
+        ("demo --seed x", "argument --seed: must be a whole number, got x"),
+        ("demo --epochs x", "must be a whole number of at least 1, got x"),
+    ],
+)
+def test_a_wrong_argument_is_told_its_rule(words, message, capsys):
+    with pytest.raises(SystemExit):
+        main(words.split())
+    assert message in capsys.readouterr().err
+
+
+def test_numbers_in_range_are_taken():
+    assert _checked("7e9", float, lambda number: number >= 1, "") == 7e9
+    assert [_whole("-3"), _share("1"), _tolerance("0")] == [-3, 1.0, 0.0]
+
+
 def test_plan_shows_products_bytes_and_seconds(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     assert main(["plan", "--params", "7e9", "--world-size", "64"]) == 0
     shown = capsys.readouterr().out
-    assert "7,000,000,000 parameters on 64 devices: 323 products on 256 samples" in shown
+    assert "One measurement: 7,000,000,000 parameters, 64 devices, 256 samples" in shown
     rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in shown.splitlines()
             if "│" in line}  # fmt: skip
-    assert [cell.strip() for cell in rows["parameters"]] == ["28 GB", "28 GB", "438 MB"]
+    assert [cell.strip() for cell in rows["products"]] == ["323", "323", "332"]
+    assert [cell.strip() for cell in rows["parameters"]] == ["28 GB", "28 GB", "875 MB"]
     assert [cell.strip() for cell in rows["Krylov vectors"]] == ["2.24 TB", "8.96 TB", "35 GB"]
     assert {"memory in all", "time in all", "work, FLOP"} <= rows.keys()
 
@@ -214,5 +249,12 @@ def test_plan_takes_another_machine(capsys, monkeypatch):
     machine = "--flops 1e9 --efficiency 1 --activations 1e3"
     assert main(["plan", *words.split(), *machine.split()]) == 0
     line = next(x for x in capsys.readouterr().out.splitlines() if "time, arithmetic" in x)
-    # 13 products of 2.13 gradients, the graph and the check, each 6 n FLOP
-    assert f"{(13 * 2.13 + 1.03 + 3.5) * 6e6 / 1e9:.2g} s" in line
+    # 13 products of 2.13 gradients, the graph, the check and two losses, each 6 n FLOP
+    assert f"{(13 * 2.13 + 1.03 + 3.5 + 2 / 3) * 6e6 / 1e9:.2g} s" in line
+
+
+def test_plan_counts_one_in_the_singular(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["plan", "--params", "1", "--num-batches", "1"]) == 0
+    title = capsys.readouterr().out.splitlines()[0].strip()
+    assert title == "One measurement: 1 parameter, 1 device, 1 sample"

@@ -2,10 +2,13 @@
 
 import json
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch.func import functional_call, hessian
 from torch.nn.functional import cross_entropy
 
@@ -15,7 +18,14 @@ from lightning_optkit.inspection import (
     _Inspector,
     inspect_checkpoint,
 )
-from lightning_optkit.inspection_report import inspection_json, run_inspection, write_figures
+from lightning_optkit.inspection_report import (
+    _condition,
+    _kind,
+    _quadrature_json,
+    inspection_json,
+    run_inspection,
+    write_figures,
+)
 from tests import inspected
 from tests.modules import GAN, Classifier, image_loader
 
@@ -121,6 +131,168 @@ def test_traces_of_layers_sum_to_the_trace(tmp_path):
     assert found.num_products >= found.spectrum.num_matvecs + 24 + 15
 
 
+def test_quadrature_is_in_the_json(tmp_path):
+    path = saved(inspected.Plain(width=4), tmp_path, precision="64-true")
+    eigenvalues = torch.linalg.eigvalsh(dense_hessian(path)[2])
+    exact = inspection_json(inspection(path, "Plain"))["spectrum"]
+    assert exact["ritz_values"] == [pytest.approx(eigenvalues.tolist(), abs=1e-12)]
+    assert exact["ritz_weights"] == [pytest.approx([1 / 39] * 39)]
+    settings = {"exact_below": 0, "num_matvecs": 6, "num_probes": 3, "per_layer": True}
+    found = inspection_json(inspection(path, "Plain", **settings))
+    for spectrum in (found["spectrum"], *found["layers"].values()):
+        assert [len(nodes) for nodes in spectrum["ritz_values"]] == [6, 6, 6]
+        for nodes, weights in zip(spectrum["ritz_values"], spectrum["ritz_weights"], strict=True):
+            assert len(nodes) == len(weights)
+            assert sum(weights) == pytest.approx(1)
+        assert max(map(max, spectrum["ritz_values"])) == spectrum["lambda_max"]
+
+
+def test_probes_that_end_early_have_no_padding_in_the_json():
+    found = _quadrature_json(
+        SimpleNamespace(
+            ritz_values=torch.tensor([[1.0, 2.0], [3.0, math.nan]]),
+            ritz_weights=torch.tensor([[0.25, 0.75], [1.0, 0.0]]),
+        )
+    )
+    assert found == {
+        "ritz_values": [[1.0, 2.0], [3.0]],
+        "ritz_weights": [[0.25, 0.75], [1.0]],
+    }
+
+
+@pytest.mark.parametrize("graphs", ["cached", "lockstep"])
+def test_gauss_newton_is_that_of_the_dense_jacobian(tmp_path, graphs):
+    path = saved(inspected.Plain(width=4), tmp_path, precision="64-true")
+    found = inspection(path, "Plain", curvature="gauss_newton", graphs=graphs)
+    state = state_of(path)
+    inputs = inspected.samples(torch.float32)[0].double()
+    net = inspected.Plain(width=4).double().net
+    jacobians = torch.func.jacrev(
+        lambda params: functional_call(net, params, (inputs,)),
+    )({name.removeprefix("net."): t for name, t in state.items()})
+    J = torch.cat([jacobian.flatten(2) for jacobian in jacobians.values()], dim=2)
+    logits = functional_call(net, {k.removeprefix("net."): t for k, t in state.items()}, inputs)
+    p = logits.softmax(1)
+    curvature = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    G = torch.einsum("bin,bij,bjm->nm", J, curvature, J) / len(inputs)
+    expected = torch.linalg.eigvalsh(G)
+    torch.testing.assert_close(found.spectrum.ritz_values[0], expected, rtol=1e-9, atol=1e-12)
+    assert "Hessian's" in found.stability
+
+
+def test_lockstep_finds_the_same(tmp_path):
+    path = saved(inspected.Plain(width=4), tmp_path, precision="64-true")
+    settings = {"exact_below": 0, "num_matvecs": 10}
+    cached, lockstep = (
+        inspection(path, "Plain", graphs=graphs, **settings) for graphs in ("cached", "lockstep")
+    )
+    assert lockstep.settings.graphs == "lockstep"
+    largest = float(torch.linalg.eigvalsh(dense_hessian(path)[2])[-1])
+    for found in (cached, lockstep):
+        assert found.spectrum.ritz_values.shape == (4, 10)
+        assert abs(found.spectrum.lambda_max - largest) <= found.spectrum.lambda_max_error
+        assert float(found.pairs.values[0]) == pytest.approx(largest, rel=1e-4)
+
+
+def test_condition_number_is_a_bound_unless_exact(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    path = saved(inspected.Plain(width=1), tmp_path, precision="64-true")
+    chosen = {"parameters": ("net.0.*",)}
+    exact = inspection(path, "Plain", **chosen)
+    bound = inspection(path, "Plain", exact_below=0, num_matvecs=3, **chosen)
+    _, _, H = dense_hessian(path)
+    sizes = torch.linalg.eigvalsh(H[:6, :6]).abs()
+    truth = float(sizes.max() / sizes.min())
+    shown = [_condition(each.spectrum) for each in (exact, bound)]
+    assert shown == [f"{truth:.4g}", f"≥ {bound.spectrum.condition_number:.4g}"]
+    assert 1 < bound.spectrum.condition_number <= truth
+    flags = [
+        inspection_json(each)["spectrum"]["condition_number_is_lower_bound"]
+        for each in (exact, bound)
+    ]
+    assert flags == [False, True]
+
+
+def test_an_infinite_condition_number_is_no_bound(tmp_path):
+    path = saved(inspected.Plain(), tmp_path)  # softmax does not mind a shift of all logits
+    found = inspection(path, "Plain", exact_below=0)
+    assert math.isinf(found.spectrum.condition_number)
+    assert _condition(found.spectrum) == "infinite"
+    assert not inspection_json(found)["spectrum"]["condition_number_is_lower_bound"]
+
+
+# -- the optimizer in the checkpoint ----------------------------------------------------------
+
+
+def test_stability_of_momentum_is_that_of_the_dense_hessian(tmp_path):
+    path = saved(inspected.Trained(optimizer="sgd"), tmp_path, precision="64-true")
+    found = inspection_json(inspection(path, "Trained"))
+    lambda_max = float(torch.linalg.eigvalsh(dense_hessian(path)[2])[-1])
+    limit = (2 + 2 * 0.9) / 0.2  # the schedule has halved the learning rate after the epoch
+    assert found["stability"]["learning_rate"] == 0.2
+    assert found["stability"]["threshold"] == pytest.approx(limit, rel=1e-12)
+    assert found["stability"]["lambda_max"] == pytest.approx(lambda_max, rel=1e-4)
+    assert found["stability"]["ratio"] == pytest.approx(lambda_max / limit, rel=1e-4)
+    assert found["stability_reason"] is None
+
+
+def test_stability_of_adamw_is_that_of_the_state_in_the_file(tmp_path):
+    path = saved(inspected.Trained(), tmp_path, precision="64-true")
+    found = inspection(path, "Trained").stability
+    state = torch.load(path, weights_only=True)["optimizer_states"][0]["state"]
+    steps = int(state[0]["step"])
+    assert steps == 3
+    moments = torch.cat([state[i]["exp_avg_sq"].flatten() for i in range(4)])
+    D = 1 / ((moments / (1 - 0.999**steps)).sqrt() + 1e-8)
+    H = dense_hessian(path)[2]
+    scaled = D.sqrt()[:, None] * H * D.sqrt()
+    lambda_max = float(torch.linalg.eigvalsh(scaled)[-1])
+    rate = 0.01
+    # decoupled decay: 2 - rate * decay in place of 2
+    limit = (2 - rate * 0.1) * (1 + 0.9) * (1 - 0.9**steps) / (rate * (1 - 0.9))
+    assert found.optimizer == "AdamW"
+    assert found.threshold == pytest.approx(limit, rel=1e-9)
+    assert found.lambda_max == pytest.approx(lambda_max, rel=1e-4)
+    assert abs(found.lambda_max - lambda_max) <= found.lambda_max_error
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "reason"),
+    [
+        ("NoOptimizer", {}, "`configure_optimizers` failed: the learning rate was never found"),
+        ("Trained", {"optimizer": "lbfgs"}, "must be one whose stability threshold is known"),
+        ("Trained", {"optimizer": "part"}, "no optimizer owns all parameters"),
+    ],
+)
+def test_stability_is_left_out_with_a_reason(tmp_path, kind, changed, reason):
+    path = saved(getattr(inspected, kind)(**changed), tmp_path)
+    found = inspection(path, kind)
+    assert reason in found.stability
+    assert inspection_json(found)["stability"] is None
+    assert reason in inspection_json(found)["stability_reason"]
+
+
+def test_stability_needs_a_state_that_fits(tmp_path):
+    path = saved(inspected.Trained(), tmp_path)
+    content = torch.load(path, weights_only=True)
+    for state in content["optimizer_states"]:
+        state["param_groups"].append(state["param_groups"][0])
+    torch.save(content, tmp_path / "other.ckpt")
+    assert "parameter group" in inspection(tmp_path / "other.ckpt", "Trained").stability
+    del content["optimizer_states"]
+    torch.save(content, tmp_path / "weights.ckpt")
+    found = inspection(tmp_path / "weights.ckpt", "Trained").stability
+    assert found == "the checkpoint holds no optimizer's state"
+
+
+def test_stability_in_part_of_the_parameters(tmp_path):
+    path = saved(inspected.Trained(optimizer="part"), tmp_path, precision="64-true")
+    found = inspection(path, "Trained", parameters=("net.0.*",)).stability
+    block = dense_hessian(path)[2][:24, :24]
+    assert found.threshold == pytest.approx(2 / 0.1)
+    assert found.lambda_max == pytest.approx(float(torch.linalg.eigvalsh(block)[-1]), rel=1e-4)
+
+
 # -- weights ----------------------------------------------------------------------------------
 
 
@@ -141,10 +313,10 @@ def test_weights_are_the_checkpoints_to_the_bit(tmp_path, monkeypatch, kind, tra
     seen = {}
     measured = _Inspector._measured
 
-    def noting(self, pl_module, probe):
+    def noting(self, pl_module, probe, limit):
         names = self.parameter_names(pl_module)
         seen.update({name: p.clone() for name, p in probe.parameters(names).items()})
-        return measured(self, pl_module, probe)
+        return measured(self, pl_module, probe, limit)
 
     monkeypatch.setattr(_Inspector, "_measured", noting)
     inspection(path, kind)
@@ -372,6 +544,30 @@ def test_figures_are_one_for_all_and_one_a_layer(tmp_path):
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
 
 
+def test_figures_name_the_matrix_and_count_one_parameter(tmp_path, monkeypatch):
+    path = saved(inspected.OneWeight(), tmp_path)
+    found = inspection(path, "OneWeight", curvature="gauss_newton", per_layer=True)
+    titles = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: titles.append(self._suptitle))
+    write_figures(found, tmp_path / "out")
+    assert [title.get_text() for title in titles] == [
+        "Gauss–Newton spectrum, 1 parameter",
+        "Gauss–Newton spectrum of scale, 1 parameter",
+    ]
+
+
+def test_a_critical_point_of_gauss_newton_has_no_kind(tmp_path):
+    path = saved(inspected.OneWeight(), tmp_path)
+    rows = {}
+    for curvature in ("hessian", "gauss_newton"):
+        found = inspection(path, "OneWeight", curvature=curvature, num_batches=1)
+        point = replace(found.point, kind="minimum")
+        rows[curvature] = _kind(replace(found, point=point))
+        assert _kind(found) == "not critical"
+    assert rows["hessian"] == "minimum"
+    assert "only the Hessian tells" in rows["gauss_newton"]
+
+
 def test_tables_name_everything(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "110")
     path = saved(inspected.Plain(), tmp_path)
@@ -391,7 +587,8 @@ def test_tables_name_everything(tmp_path, capsys, monkeypatch):
     assert status == 0
     for words in (
         "epoch 1, step 3", "on 64 training samples", "not critical", "λ max", "minimum ratio",
-        "trace", "condition", "best step", "Eigenvalues of largest size", "Layer by layer", "net.0",
+        "trace", "condition", "best step", "threshold", "ratio", "stable curvature of SGD",
+        "matrix", "Hessian", "Eigenvalues of largest size", "Layer by layer", "net.0",
         "in brackets: 99% bounds",
     ):  # fmt: skip
         assert words in shown

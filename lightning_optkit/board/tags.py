@@ -5,9 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 __all__ = [
+    "ESCAPE",
+    "ESCAPE_EVENT",
+    "ESCAPE_SCALARS",
+    "EVENTS",
     "HESSIAN",
     "HESSIAN_FIGURE",
     "HESSIAN_SCALARS",
+    "LAYERS",
+    "LAYERS_FIGURE",
+    "LAYER_NAMES",
     "QUADRATURE",
     "STABILITY",
     "STABILITY_FIGURE",
@@ -79,6 +86,8 @@ HESSIAN_SCALARS = (
     Tag("gradient_norm", "loss / parameter", "norm of the gradient on the held batches"),
     Tag("gradient_noise", "loss / parameter", "norm of its standard error over the batches"),
     Tag("flatness", "share", "|Hg| / (max|lambda| |g|); near 0 the gradient lies in flat space"),
+    Tag("kind", "code", "0 not critical, 1 minimum, 2 saddle, 3 maximum, 4 degenerate point"),
+    Tag("method", "code", "0 exact, 1 Lanczos, 2 Lanczos on finite differences, 3 PyHessian"),
     Tag("predicted_change", "loss", "of the loss along the lowest eigenvector, by curvature"),
     Tag("actual_change", "loss", "of the loss there; both only where an eigenvalue is negative"),
     Tag("num_matvecs", "products", "Hessian-vector products spent on this point"),

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -22,7 +23,7 @@ from lightning_optkit.bridge.probe import (
     require_batch_step,
     select_parameters,
 )
-from lightning_optkit.bridge.reduce import require_whole_parameters
+from lightning_optkit.bridge.reduce import require_whole_parameters, sum_over_ranks
 from lightning_optkit.bridge.snapshot import put_back
 
 __all__ = ["MeasuringCallback", "buffers_of_rank_zero"]
@@ -104,6 +105,21 @@ class MeasuringCallback(pl.Callback):
         """The batches to measure on."""
         return self._held
 
+    def loss_terms(self, trainer: pl.Trainer, probe: Probe, names: list[str]) -> dict[str, Any]:
+        """Return what makes an operator of the held batches' loss: its first arguments.
+
+        Args:
+            trainer: the Trainer, fitting.
+            probe: open.
+            names: of the parameters to differentiate by.
+        """
+        return {
+            "loss_fn": [probe.loss_fn(held.batch, i) for i, held in enumerate(self._held)],
+            "params": probe.parameters(names),
+            "weights": [held.num_samples for held in self._held],
+            "reduce": sum_over_ranks(trainer),
+        }
+
     def held_fingerprint(self) -> int:
         """Return a number that tells the held batches of this rank from others."""
         found = 0
@@ -116,13 +132,23 @@ class MeasuringCallback(pl.Callback):
     def _open(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot be measured, and draw the batches, in ``on_train_start``."""
         require_whole_parameters(trainer.strategy, type(self).__name__)
-        self.parameter_names(pl_module)  # a pattern that matches nothing raises here
+        self._require_real_parameters(pl_module)
         if self._loss_fn is None:
             require_batch_step(pl_module)
         self._held = draw_batches(
             trainer, pl_module, num_batches=self._num_batches, data=self._data, seed=self._seed
         )
         self._warned = set()
+
+    def _require_real_parameters(self, pl_module: pl.LightningModule) -> None:
+        parameters = dict(pl_module.named_parameters())
+        for name in self.parameter_names(pl_module):  # a pattern that matches nothing raises here
+            if parameters[name].is_complex() or parameters[name].layout != torch.strided:
+                kind = "complex" if parameters[name].is_complex() else parameters[name].layout
+                raise MisconfigurationException(
+                    f"`{name}` must be a real, dense parameter to be measured, got a {kind} one. "
+                    "Pass `parameters=[...]` with the names, or patterns, of the others."
+                )
 
     def _close(self) -> None:
         """Let go of the batches, at the end of training or on an exception."""

@@ -15,7 +15,6 @@ from lightning_optkit.board import schema, tags
 from lightning_optkit.bridge.cadence import EVERY_EPOCH, Cadence
 from lightning_optkit.bridge.observer import Observer
 from lightning_optkit.bridge.probe import Probe, StepLossFn
-from lightning_optkit.bridge.reduce import sum_over_ranks
 from lightning_optkit.bridge.sharded_gradient import (
     rank_generator,
     require_shards,
@@ -60,6 +59,11 @@ class HessianReport:
     loss: float
     num_samples: int
     layers: dict[str, Spectrum] = field(default_factory=dict)
+
+
+# Codes of what a scalar cannot spell; the tags say them too.
+_KINDS = ("not critical", "minimum", "saddle", "maximum", "degenerate")
+_METHODS = ("exact", "lanczos", "fd", "pyhessian")
 
 
 def _report(
@@ -129,8 +133,8 @@ class HessianSpectrum(Observer[HessianReport]):
     Logged keys:
         ``optkit-hessian/{minimum_ratio, negative_ratio, zero_ratio}``, each with ``_lower`` and
         ``_upper``; ``tol, lambda_max, lambda_min, trace, trace_standard_error, loss,
-        gradient_norm, gradient_noise, flatness, predicted_change, actual_change, num_matvecs,
-        num_samples, seconds``, at each measured step: see
+        gradient_norm, gradient_noise, flatness, kind, method, predicted_change, actual_change,
+        num_matvecs, num_samples, seconds``, at each measured step: see
         :data:`lightning_optkit.board.tags.HESSIAN_SCALARS`. To TensorBoard also the quadrature,
         the values by layer, and at the end of fit the figures.
 
@@ -154,6 +158,7 @@ class HessianSpectrum(Observer[HessianReport]):
         self,
         every_n_epochs: int | None = EVERY_EPOCH,
         every_n_steps: int | None = None,
+        *,
         num_batches: int | None = 4,
         num_matvecs: int = 80,
         num_probes: int = 4,
@@ -253,19 +258,21 @@ class HessianSpectrum(Observer[HessianReport]):
         if self._by_differences:
             return self._report_of_shards(trainer, pl_module, probe)
         operator = self._operator_type(
-            [probe.loss_fn(held.batch, i) for i, held in enumerate(self.held_batches)],
-            probe.parameters(self.parameter_names(pl_module)),
-            weights=[held.num_samples for held in self.held_batches],
-            reduce=sum_over_ranks(trainer),
+            **self.loss_terms(trainer, probe, self.parameter_names(pl_module)),
             graphs=self._graphs,
             self_check=self._self_check,
         )
+        generator = torch.Generator().manual_seed(self._seed)
         try:
             spectrum = self._spectrum(operator)
+            layers = (
+                layer_spectra(operator, generator=generator, **self._settings)
+                if self._per_layer
+                else {}
+            )
         except WrongDerivativesError as error:
             self._refusal = str(error)  # the layers stay wrong, wherever the weights go
             raise
-        layers = layer_spectra(operator, **self._settings) if self._per_layer else {}
         return _report(operator, spectrum, layers)
 
     def _spectrum(self, operator: HessianOperator) -> Spectrum:
@@ -345,6 +352,8 @@ class HessianSpectrum(Observer[HessianReport]):
             "gradient_norm": result.point.gradient_norm,
             "gradient_noise": result.point.gradient_noise,
             "flatness": result.point.flatness,
+            "kind": _KINDS.index(result.point.kind),
+            "method": _METHODS.index(spectrum.method),
             "num_matvecs": spectrum.num_matvecs
             + sum(layer.num_matvecs for layer in result.layers.values()),
             "num_samples": result.num_samples,

@@ -19,7 +19,6 @@ from lightning_optkit.board import tags
 from lightning_optkit.bridge.cadence import EVERY_EPOCH, logger_step
 from lightning_optkit.bridge.measuring import MeasuringCallback, buffers_of_rank_zero
 from lightning_optkit.bridge.probe import Probe, StepLossFn, select_parameters
-from lightning_optkit.bridge.reduce import sum_over_ranks
 from lightning_optkit.bridge.report import report
 from lightning_optkit.bridge.turns import Turns
 from lightning_optkit.measures import EscapeAttempt, HessianOperator, escape_attempt
@@ -95,6 +94,7 @@ class SaddleEscape(MeasuringCallback):
         self,
         every_n_epochs: int | None = EVERY_EPOCH,
         every_n_steps: int | None = None,
+        *,
         num_batches: int | None = 4,
         gradient_tol: float = 0.1,
         max_matvecs: int = 100,
@@ -154,6 +154,13 @@ class SaddleEscape(MeasuringCallback):
                 "`SaddleEscape` needs whole parameters on each device, got sharded ones. Use "
                 "`strategy='ddp'` or a single device, or remove the callback."
             )
+        if self._patterns is None and len(trainer.optimizers) > 1:
+            raise MisconfigurationException(
+                "`parameters` must name what to move where there are several optimizers, got "
+                f"{len(trainer.optimizers)} of them: one loss may be another's to raise. Pass the "
+                "names of one optimizer's parameters, such as `parameters=['generator.*']`, and "
+                "`loss_index` of its loss."
+            )
         self._open(trainer, pl_module)
         before, self._fingerprint = self._fingerprint, self.held_fingerprint()
         if before not in (None, self._fingerprint):
@@ -195,10 +202,7 @@ class SaddleEscape(MeasuringCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, probe: Probe
     ) -> HessianOperator:
         return HessianOperator(
-            [probe.loss_fn(held.batch, i) for i, held in enumerate(self.held_batches)],
-            probe.parameters(self.parameter_names(pl_module)),
-            weights=[held.num_samples for held in self.held_batches],
-            reduce=sum_over_ranks(trainer),
+            **self.loss_terms(trainer, probe, self.parameter_names(pl_module)),
             graphs=self._graphs,
         )
 

@@ -29,7 +29,7 @@ def layers_figure(layers: Mapping[str, Spectrum]) -> Figure:
 
     extremes.barh(rows, [max(s.lambda_max, 0.0) for s in spectra], 0.6, color=POSITIVE)
     extremes.barh(rows, [min(s.lambda_min, 0.0) for s in spectra], 0.6, color=NEGATIVE)
-    extremes.set_title("λ max and λ min", fontsize=10)
+    extremes.set_title("λ max (blue) and λ min (orange)", fontsize=10)
     extremes.set_yticks(rows, list(shown), fontsize=8)
     extremes.invert_yaxis()
 
@@ -45,6 +45,10 @@ def layers_figure(layers: Mapping[str, Spectrum]) -> Figure:
         ratio.plot(spectrum.minimum_ratio_bounds, [row, row], color="black", marker="|")
     ratio.set_xlim(0, 1)
     ratio.set_title("minimum ratio with its interval", fontsize=10)
+
+    for row, spectrum in enumerate(spectra):
+        if spectrum.spectral_radius == 0:
+            extremes.text(0, row, " no curvature", va="center", fontsize=8)
 
     for axes in (extremes, trace, ratio):
         axes.axvline(0, color="black", linewidth=0.8)

@@ -36,7 +36,8 @@ def spectrum_figure(
     grid = GridSpec(2, 1, figure=figure, height_ratios=[4, 1])
     _draw_density(figure.add_subplot(grid[0]), spectrum, num_eigenvalues)
     _draw_shares(figure.add_subplot(grid[1]), spectrum)
-    figure.suptitle(f"{matrix} spectrum, {spectrum.num_params:,} parameters", fontsize=12)
+    n = spectrum.num_params
+    figure.suptitle(f"{matrix} spectrum, {n:,} parameter{'s' * (n != 1)}", fontsize=12)
     return figure
 
 
@@ -101,8 +102,7 @@ def _draw_shares(axes: Axes, spectrum: Spectrum) -> None:
     axes.set_xlim(0, 1)
     axes.set_ylim(2.6, -0.6)
     axes.set_yticks([])
-    certainty = "exact" if spectrum.method == "exact" else f"{spectrum.confidence:.0%} bounds"
-    axes.set_xlabel(f"share of eigenvalues ({certainty})", fontsize=9)
+    axes.set_xlabel(f"share of eigenvalues ({_certainty(spectrum)})", fontsize=9)
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
@@ -113,6 +113,15 @@ def _draw_share(axes: Axes, row: int, share: Share, colour: str) -> None:
 
 
 def _method(spectrum: Spectrum) -> str:
-    if spectrum.method == "exact":
-        return "all eigenvalues"
-    return f"Lanczos, {spectrum.num_matvecs} products"
+    products = f"{spectrum.num_matvecs} products"
+    return {
+        "exact": "all eigenvalues",
+        "lanczos": f"Lanczos, {products}",
+        "fd": f"Lanczos on finite differences, {products}",
+        "pyhessian": f"PyHessian, {products}",
+    }[spectrum.method]
+
+
+def _certainty(spectrum: Spectrum) -> str:
+    bounds = f"{spectrum.confidence:.0%} bounds"
+    return {"exact": "exact", "pyhessian": "estimates without bounds"}.get(spectrum.method, bounds)

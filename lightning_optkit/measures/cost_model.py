@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 __all__ = [
     "Hardware",
@@ -22,9 +23,17 @@ _FLOAT = 4  # bytes: measurements are in float32 whatever precision training use
 _PRODUCT = 2.13  # gradients
 _GRAPH = 1.03  # gradients, to build the graph: a product that rebuilds it takes 3.16
 _CHECK = 3.5  # gradients: one product by forward over reverse mode, graph included
-_DIFFERENCE = 2.0  # gradients: a central difference
+_FORWARD = 1 / 3  # gradients
 
-_CHECK_PRODUCTS, _POINT_PRODUCTS = 2, 1  # of the self-check, and for the flatness
+# How often each batch is gone through beside the spectrum's products. Lockstep graphs: the point
+# asks for the gradient, for its noise twice, for the flatness and for a loss, the report for one.
+_POINT_PRODUCTS, _POINT_GRAPHS, _POINT_VECTORS = 1, 6, 3  # summed: product and two gradients
+_POINT_LOSSES = 2  # a step to either side along the most negative curvature
+_CHECK_PRODUCTS, _CHECK_GRAPHS, _CHECK_VECTORS = 2, 3, 4
+_COLUMNS_AT_ONCE = 16  # where all columns are made
+# By differences of gradients a loss takes a gradient too.
+_SEARCH_PRODUCTS, _SEARCH_GRADIENTS = 11, 1  # of the step; products take two gradients each
+_POINT_GRADIENTS = 7  # the gradient, its noise twice, three losses; and the report's loss
 
 # Memory beyond basis and vectors, in floats that a forward pass keeps and in parameters: fitted to
 # torch's allocations on GPTs of 0.05 to 10 million parameters, each within 10 %.
@@ -34,7 +43,9 @@ _CHECK_ADDS = (7.3, 9.2)  # forward mode doubles both passes
 _LANCZOS_VECTORS = 5  # of each lane: current, next, projection, and two of arithmetic
 _LANES_IN_PRODUCT = 3  # current, last and new vector of each lane while a product is made
 _PAIRS_PER_STEP, _MAX_PAIRS = 1 / 5, 16  # eigenvectors kept for the trace, about one in five steps
-_SHARD_VECTORS = 7  # two gradients, and Lanczos's own
+_SHARD_COPIES = 2  # one to put back, one to move from
+_SEARCH_VECTORS = 11  # two directions, and their products at all steps but the last
+_DIFFERENCE_VECTORS = (4, 7)  # in a backward with the activations, and after it without
 
 _WIDTH_PER_LAYER = 128  # of published models from 1 to 70 billion parameters, within a third
 
@@ -74,11 +85,14 @@ class MeasurementCost:
             backward.
         num_params: ``n``.
         world_size: devices, ``p``.
-        num_products: Hessian-vector products; exact.
+        num_products: Hessian-vector products, those of the self-check or of the search for a step
+            included; exact.
+        num_passes: how often each batch is gone through forward, whatever follows; exact where an
+            eigenvalue is negative, a few too many elsewhere.
         num_samples: of all devices together; exact.
         gradients: all work, in gradients over this device's batches.
         flops: floating-point operations of this device.
-        parameter_bytes: the copy to differentiate by, or this device's shard of it; exact.
+        parameter_bytes: the copy to differentiate by, or two copies of this device's shard; exact.
         krylov_bytes: the Lanczos basis, ``lanes * num_matvecs * n`` floats, or this device's shard
             of it; exact.
         graph_bytes: gradient graphs that are alive between products: activations, the gradients
@@ -92,6 +106,7 @@ class MeasurementCost:
     num_params: int
     world_size: int
     num_products: int
+    num_passes: int
     num_samples: int
     gradients: float
     flops: float
@@ -117,7 +132,7 @@ class MeasurementCost:
         return (
             f"{self.route}: {self.num_products:,} products, {self.gradients:,.0f} gradients, "
             f"{self.flops:.3g} FLOP, {self.total_bytes / 1e9:.3g} GB and {self.seconds:.3g} s "
-            f"on each of {self.world_size:,} devices"
+            f"on {'one device' if self.world_size == 1 else f'each of {self.world_size:,} devices'}"
         )
 
 
@@ -154,8 +169,9 @@ def measurement_cost(
         sequence_length: tokens of a sample; 1 where a sample meets each parameter once.
         activations: floats that a forward pass keeps for each token; ``None`` is
             :func:`transformer_activations`.
-        self_check: compare the first product with forward mode.
-        exact_below: up to here all ``n`` columns are made in place of Lanczos steps.
+        self_check: compare the first product with forward mode; the sharded route never does.
+        exact_below: up to here all ``n`` columns are made in place of Lanczos steps, unless
+            parameters are sharded.
         hardware: speeds; ``None`` is :class:`Hardware` as it comes.
 
     Raises:
@@ -164,7 +180,7 @@ def measurement_cost(
     Example:
         >>> cost = measurement_cost(7_000_000_000, route="sharded", world_size=64)
         >>> cost.num_products, f"{cost.krylov_bytes / 1e9:.0f} GB"
-        (323, '35 GB')
+        (332, '35 GB')
     """
     counts = {
         "num_params": num_params,
@@ -184,49 +200,39 @@ def measurement_cost(
     if activations is None:
         activations = transformer_activations(num_params, sequence_length=sequence_length)
 
-    exact = num_params <= exact_below
+    exact = num_params <= exact_below and route != "sharded"
+    steps = num_params if exact else min(num_matvecs, num_params)
     lanes = num_probes if route == "lockstep" and not exact else 1
-    steps = num_params if exact else min(num_matvecs, num_params) * num_probes // lanes
     checked = self_check and route != "sharded"
-    singles = _POINT_PRODUCTS + _CHECK_PRODUCTS * self_check
-    num_products = steps * lanes + singles
-
-    if route == "cached":
-        gradients = _GRAPH + _PRODUCT * num_products
-    elif route == "lockstep":
-        gradients = (_GRAPH + _PRODUCT * lanes) * steps + (_GRAPH + _PRODUCT) * singles
-    else:
-        gradients = _DIFFERENCE * num_products
-    gradients += _CHECK * checked
+    work = _work(route, steps * (1 if exact else num_probes), exact, lanes, checked)
     tokens = batch_size * sequence_length
-    flops = gradients * 6.0 * num_params * tokens * num_batches
+    flops = work.in_gradients * 6.0 * num_params * tokens * num_batches
 
-    vector = float(_FLOAT * num_params)
+    vector = float(_FLOAT * num_params) / (world_size if route == "sharded" else 1)
     kept = float(_FLOAT * activations * tokens)
-    basis = 0.0 if exact else vector * lanes * min(num_matvecs, num_params)
+    basis = 0.0 if exact else vector * lanes * steps
+    pairs = 0.0 if exact else _pairs(steps, num_probes)
     if route == "sharded":
-        vector, basis = vector / world_size, basis / world_size
-        graphs, working = kept, _SHARD_VECTORS * vector
+        graphs, working = kept, _sharded_working_bytes(kept, vector, pairs=pairs)
     else:
         graph = _GRAPH_KEEPS * kept + vector
         graphs = graph * (num_batches if route == "cached" else 1)
-        working = _working_bytes(kept, vector, lanes=lanes, checked=checked)
-        pairs = 1 + min(_MAX_PAIRS, _PAIRS_PER_STEP * num_matvecs) * (num_probes > 1)
-        working += 0.0 if exact else pairs * vector
+        working = _working_bytes(kept, vector, lanes=lanes, checked=checked) + pairs * vector
     return MeasurementCost(
         route=route,
         num_params=num_params,
         world_size=world_size,
-        num_products=num_products,
+        num_products=work.products,
+        num_passes=work.passes,
         num_samples=num_batches * batch_size * world_size,
-        gradients=gradients,
+        gradients=work.in_gradients,
         flops=flops,
-        parameter_bytes=vector,
+        parameter_bytes=vector * (_SHARD_COPIES if route == "sharded" else 1),
         krylov_bytes=basis,
         graph_bytes=graphs,
         working_bytes=working,
         compute_seconds=flops / (hardware.flops * hardware.efficiency),
-        network_seconds=_network_bytes(num_params, world_size, num_products, route, num_batches)
+        network_seconds=_network_bytes(num_params, world_size, work, num_batches)
         / hardware.bandwidth,
     )
 
@@ -272,6 +278,62 @@ def transformer_activations(
     return depth * (16 * wide + sequence_length * wide / head_width) + 2 * vocab
 
 
+class _Work(NamedTuple):
+    """How often each batch is gone through, and for what.
+
+    Attributes:
+        products: Hessian-vector products.
+        graphs: gradients that keep their graph.
+        losses: forward passes alone.
+        checks: products by forward over reverse mode.
+        gradients: gradients without a graph.
+        vectors: that are summed over devices.
+    """
+
+    products: int
+    graphs: int
+    losses: int
+    checks: int
+    gradients: int
+    vectors: int
+
+    @property
+    def passes(self) -> int:
+        return self.graphs + self.losses + self.checks + self.gradients
+
+    @property
+    def in_gradients(self) -> float:
+        products = 0.0 if self.gradients else _PRODUCT * self.products  # else they are gradients
+        built = _GRAPH * self.graphs + _FORWARD * self.losses + _CHECK * self.checks
+        return products + built + self.gradients
+
+
+def _work(route: Route, columns: int, exact: bool, lanes: int, checked: bool) -> _Work:
+    """Return the work of one measurement, the loss, the kind of point and the checks included.
+
+    Args:
+        route: see :class:`MeasurementCost`.
+        columns: products of the spectrum alone.
+        exact: whether they are the columns of the matrix.
+        lanes: vectors multiplied at once by Lanczos.
+        checked: whether the self-check is made.
+    """
+    if route == "sharded":
+        products = columns + _SEARCH_PRODUCTS + _POINT_PRODUCTS
+        gradients = 2 * products + _SEARCH_GRADIENTS + _POINT_GRADIENTS
+        return _Work(products, 0, 0, 0, gradients, 0)
+    together = _COLUMNS_AT_ONCE if exact else lanes
+    rebuilt = math.ceil(columns / together) + _POINT_GRAPHS + _CHECK_GRAPHS * checked
+    return _Work(
+        products=columns + _POINT_PRODUCTS + _CHECK_PRODUCTS * checked,
+        graphs=1 if route == "cached" else rebuilt,
+        losses=_POINT_LOSSES,
+        checks=int(checked),
+        gradients=0,
+        vectors=columns + _POINT_VECTORS + _CHECK_VECTORS * checked,
+    )
+
+
 def _working_bytes(kept: float, vector: float, *, lanes: int, checked: bool) -> float:
     """Return the most that is needed at one time, beside basis and graphs.
 
@@ -288,13 +350,29 @@ def _working_bytes(kept: float, vector: float, *, lanes: int, checked: bool) -> 
     return max(product, check, _LANCZOS_VECTORS * lanes * vector)
 
 
-def _network_bytes(
-    num_params: int, world_size: int, num_products: int, route: Route, num_batches: int
-) -> float:
-    """Return what each device sends: a sum a product, or a sharded model's own traffic.
+def _sharded_working_bytes(kept: float, vector: float, *, pairs: float) -> float:
+    """Return the most that is needed at one time, beside basis, shards and activations.
+
+    Args:
+        kept: bytes that a forward pass keeps.
+        vector: bytes of this device's part of one vector.
+        pairs: eigenvectors kept; none yet while the step is searched.
+    """
+    backward, after = _DIFFERENCE_VECTORS
+    beside = max(_SEARCH_VECTORS, _LANCZOS_VECTORS + pairs)
+    return beside * vector + max(backward * vector, after * vector - kept)
+
+
+def _pairs(steps: int, num_probes: int) -> float:
+    """Return how many eigenvectors are kept for the trace, and the lowest."""
+    return 1 + min(_MAX_PAIRS, _PAIRS_PER_STEP * steps) * (num_probes > 1)
+
+
+def _network_bytes(num_params: int, world_size: int, work: _Work, num_batches: int) -> float:
+    """Return what each device sends: sums of vectors, or a sharded model's own traffic.
 
     A sharded model gathers its parameters forward and backward and scatters the gradient's sum,
-    for each batch of each of the two gradients.
+    for each batch of each gradient.
     """
-    once = _FLOAT * num_params * (world_size - 1) / world_size * num_products
-    return once * (2 if route != "sharded" else 3 * _DIFFERENCE * num_batches)
+    once = _FLOAT * num_params * (world_size - 1) / world_size
+    return once * (2 * work.vectors + 3 * work.gradients * num_batches)

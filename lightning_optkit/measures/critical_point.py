@@ -14,13 +14,16 @@ from lightning_optkit.measures.operators import HessianOperator
 from lightning_optkit.measures.shares import Share
 from lightning_optkit.measures.spectrum import Spectrum
 
-__all__ = ["CriticalPoint", "Descent", "Kind", "critical_point"]
+__all__ = ["CriticalPoint", "Descent", "Kind", "critical_point", "size_of_parameters"]
 
 Kind = Literal["minimum", "maximum", "saddle", "degenerate", "not critical"]
 
 # A gradient counts as zero if a Newton step along any direction that counts as curved, at most
 # |g| / tol long, moves the parameters by under this share.
 _NEWTON_STEP = 1e-2
+# Root mean square of the weights below which steps no longer shrink with them: a net of zeros has
+# no size of its own. Standard initialisation stays above it in layers up to 3,000 wide.
+_SMALLEST_WEIGHT = 1e-2
 # The model's change of the loss along the descent is at least so many roundings of the loss.
 _VISIBLE = 1e3
 
@@ -36,7 +39,8 @@ class CriticalPoint:
             second-order test open.
         gradient_norm: :math:`\|g\|`, in units of loss per unit of parameter.
         gradient_noise: standard error of the gradient over the batches; NaN for a single batch.
-        relative_gradient: :math:`\|g\| / (\max|\lambda| \, \|\theta\|)`, dimensionless.
+        relative_gradient: :math:`\|g\| / (\max|\lambda| \, \|\theta\|)`, dimensionless; with the
+            size of :func:`size_of_parameters` for :math:`\|\theta\|`.
         flatness: :math:`\|Hg\| / (\max|\lambda| \, \|g\|)`. Near 0 the gradient lies in the null
             space of ``H``: a minimiser of the gradient's norm stops there, with no critical point
             near. NaN for a zero gradient.
@@ -122,8 +126,8 @@ def critical_point(operator: HessianOperator, spectrum: Spectrum) -> CriticalPoi
     """
     gradient = operator.gradient()
     norm, noise = math.sqrt(_inner(operator, gradient, gradient)), float(operator.gradient_noise())
-    radius, size = spectrum.spectral_radius, operator.parameter_norm()
-    relative = norm / (radius * size) if radius * size > 0 else math.inf if norm > 0 else 0.0
+    radius, size = spectrum.spectral_radius, size_of_parameters(operator)
+    relative = norm / (radius * size) if radius > 0 else math.inf if norm > 0 else 0.0
     flatness = math.nan
     if norm > 0 and radius > 0:
         product = operator @ gradient
@@ -139,6 +143,11 @@ def critical_point(operator: HessianOperator, spectrum: Spectrum) -> CriticalPoi
     )
 
 
+def size_of_parameters(operator: HessianOperator) -> float:
+    r"""Return :math:`\max(\|\theta\|, 0.01 \sqrt n)`, against which a step is long or short."""
+    return max(operator.parameter_norm(), _SMALLEST_WEIGHT * math.sqrt(operator.shape[0]))
+
+
 def _descent(operator: HessianOperator, spectrum: Spectrum, gradient: Tensor) -> Descent:
     direction = spectrum.lambda_min_vector
     slope = _inner(operator, gradient, direction)
@@ -147,7 +156,7 @@ def _descent(operator: HessianOperator, spectrum: Spectrum, gradient: Tensor) ->
     loss = float(operator.loss())
     rounding = torch.finfo(operator.dtype).eps * abs(loss)
     visible = math.sqrt(2 * _VISIBLE * rounding / abs(spectrum.lambda_min))
-    step = max(_NEWTON_STEP * (operator.parameter_norm() or 1.0), visible)
+    step = max(_NEWTON_STEP * size_of_parameters(operator), visible)
     curvature = step**2 * spectrum.lambda_min / 2
     changes = [float(operator.loss(sign * step * direction)) - loss for sign in (1, -1)]
     return Descent(

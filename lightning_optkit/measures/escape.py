@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_optkit.measures.critical_point import size_of_parameters
 from lightning_optkit.measures.eigenpairs import top_eigenpairs
 from lightning_optkit.measures.errors import CurvatureError
 from lightning_optkit.measures.lanczos import rounding_noise
@@ -17,9 +18,6 @@ __all__ = ["EscapeAttempt", "check_escape_settings", "escape_attempt"]
 
 # The direction needs no digits: how far it leads down is measured by the line search.
 _DIRECTION_RTOL = 1e-2
-# Root mean square of the weights below which the steps no longer shrink with them: a net of zeros
-# has no size of its own. Standard initialisation stays above it in layers up to 3,000 wide.
-_SMALLEST_WEIGHT = 1e-2
 # Steps of the line search, halved from the longest: the shortest is 1/32,768 of it.
 _NUM_STEPS = 16
 # Share of the predicted decrease that must come true; under a quarter the model has left the
@@ -154,8 +152,7 @@ def escape_attempt(
     certified = curvature + noise < 0
     step, after = 0.0, before
     if certified:
-        floor = _SMALLEST_WEIGHT * math.sqrt(operator.shape[0])
-        longest = max_radius * max(operator.parameter_norm(), floor)
+        longest = max_radius * size_of_parameters(operator)
         step, after = _line_search(operator, u, slope, curvature, before, longest)
     return EscapeAttempt(
         gradient_norm=math.sqrt(_dot(gradient, gradient)),

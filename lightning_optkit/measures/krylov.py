@@ -17,6 +17,10 @@ from lightning_optkit.measures.ritz import Which, wanted
 
 __all__ = ["KrylovSpace", "TrackedSpace"]
 
+# Residual, as a share of the Ritz value, up to which a start counts as near an eigenvector. At the
+# edge of stability eigenvectors turn by more from step to step.
+_NEAR = 0.1
+
 
 class KrylovSpace:
     r"""An orthonormal basis ``V``, the projection ``T`` of the operator on it, and what comes next.
@@ -183,8 +187,6 @@ class TrackedSpace:
         corresponding eigenvectors of large real-symmetric matrices", 1975, section II.
     """
 
-    knows_neighbours = True
-
     def __init__(self, operator: SymmetricOperator, capacity: int, start: Tensor) -> None:
         self._operator = operator
         self._capacity = capacity
@@ -192,6 +194,8 @@ class TrackedSpace:
         for row in start:
             self._basis = torch.cat([self._basis, orthogonalised(row, self._basis)[None]])
         self._products = self._basis[:0]
+        self.knows_neighbours: bool | None = None
+        """Whether the start is near eigenvectors: what lies beside the wanted is resolved then."""
         self._num_dropped = 0  # products that restarts have left behind
         self.noise = float(getattr(operator, "noise", rounding_noise(operator.dtype)))
         self.radius = 0.0
@@ -233,7 +237,10 @@ class TrackedSpace:
         rows = vectors.T.to(self._basis)
         self._residuals = rows @ self._products - theta.to(rows)[:, None] * (rows @ self._basis)
         self.radius = max(self.radius, float(theta.abs().max()))
-        return theta, vectors, norm(self._residuals).double().cpu()
+        residuals = norm(self._residuals).double().cpu()
+        if self.knows_neighbours is None:
+            self.knows_neighbours = bool((residuals <= _NEAR * theta.abs()).all())
+        return theta, vectors, residuals
 
     def combined(self, coefficients: Tensor) -> Tensor:
         """Return unit vectors of the space, in rows."""

@@ -215,6 +215,17 @@ class HessianOperator:
                 graphs=self._dual_graphs(vector),
             )
 
+    def scaled(self, factor: float) -> HessianOperator:
+        """Return the operator at all parameters times ``factor``; it is not checked."""
+        return type(self)(
+            self._loss_fns,
+            {name: p.detach() * factor for name, p in self._params.items()},
+            weights=self.weights,
+            graphs="lockstep",
+            reduce=self._reduce,
+            self_check=False,
+        )
+
     def difference_product(self, vector: Tensor, radius: float) -> tuple[Tensor, float]:
         """Return about ``H @ vector`` and its rounding error, by a central difference of gradients.
 

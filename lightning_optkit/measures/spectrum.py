@@ -276,7 +276,8 @@ def hessian_spectrum(
 
     valid = nodes[~nodes.isnan()]
     radius = float(valid.abs().max())
-    noise = max(operator.noise * radius, 1e-300)
+    smallest = torch.finfo(operator.dtype)
+    noise = max(operator.noise * radius, smallest.tiny / smallest.eps)  # below, digits are lost
 
     def shares_at(tol: float) -> Shares:
         if exact:

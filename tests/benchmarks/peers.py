@@ -7,6 +7,7 @@ its products, and answers the same four questions: ``product``, ``top``, ``densi
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable
 from importlib import import_module, metadata
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from lightning_optkit.measures.gradient_graph import flat, split
 from tests.benchmarks.nets import cross_entropy
 from tests.benchmarks.problems import Problem
+from tests.benchmarks.timing import OutOfPatience
 
 
 class Peer:
@@ -29,8 +31,9 @@ class Peer:
     module: ClassVar[str]
     trace_methods: ClassVar[tuple[str, ...]] = ("hutchinson",)
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, *, deadline: float = math.inf) -> None:
         self.problem = problem
+        self.deadline = deadline  # CPU time of this process, after which no product is made
         self.num_products = 0
 
     @classmethod
@@ -51,6 +54,8 @@ class Peer:
         """Return the library's own product, which it looks up on its operator, with a count."""
 
         def counting(*args: Any) -> Any:
+            if time.process_time() > self.deadline:
+                raise OutOfPatience(self.num_products)
             self.num_products += self.columns(args[-1])
             return product(*args)
 
@@ -65,8 +70,8 @@ class PyHessianPeer(Peer):
 
     label, distribution, module = "PyHessian", "PyHessian", "pyhessian"
 
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
+    def __init__(self, problem: Problem, *, deadline: float = math.inf) -> None:
+        super().__init__(problem, deadline=deadline)
         make = import_module(self.module).hessian
         self.peer = make(problem.net, cross_entropy, dataloader=problem.batches, cuda=False)
         self.peer.dataloader_hv_product = self.counted(self.peer.dataloader_hv_product)
@@ -79,7 +84,7 @@ class PyHessianPeer(Peer):
         torch.manual_seed(0)  # it draws from the global stream
         return self.peer.eigenvalues(maxIter=max_iterations, tol=tol, top_n=k)[0]
 
-    def density(self, probes: int, steps: int, largest: float) -> float:
+    def density(self, probes: int, steps: int, ends: tuple[float, float]) -> float:
         torch.manual_seed(0)
         with mock.patch.object(torch, "eig", removed_eig):
             nodes, weights = self.peer.density(iter=steps, n_v=probes)
@@ -106,8 +111,8 @@ class EigenthingsPeer(Peer):
     module = "hessian_eigenthings"
     trace_methods = ("hutchinson", "hutch++")
 
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
+    def __init__(self, problem: Problem, *, deadline: float = math.inf) -> None:
+        super().__init__(problem, deadline=deadline)
         self.library = import_module(self.module)
         self.operator = self.library.HessianOperator(
             problem.net, problem.batches, self.library.supervised_loss(cross_entropy)
@@ -123,7 +128,7 @@ class EigenthingsPeer(Peer):
         )
         return found.eigenvalues.tolist()
 
-    def density(self, probes: int, steps: int, largest: float) -> float:
+    def density(self, probes: int, steps: int, ends: tuple[float, float]) -> float:
         found = self.library.spectral_density(
             self.operator, num_runs=probes, lanczos_steps=steps, seed=0
         )
@@ -141,8 +146,8 @@ class CurvlinopsPeer(Peer):
     label, distribution, module = "curvlinops", "curvlinops-for-pytorch", "curvlinops"
     trace_methods = ("hutchinson", "hutch++", "xtrace")
 
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
+    def __init__(self, problem: Problem, *, deadline: float = math.inf) -> None:
+        super().__init__(problem, deadline=deadline)
         self.library = import_module(self.module)
         self.operator = self.library.HessianLinearOperator(
             problem.net,
@@ -173,10 +178,10 @@ class CurvlinopsPeer(Peer):
             return_eigenvectors=False,
         ).tolist()
 
-    def density(self, probes: int, steps: int, largest: float) -> float:
+    def density(self, probes: int, steps: int, ends: tuple[float, float]) -> float:
         torch.manual_seed(0)
         grid, density = self.library.lanczos_approximate_spectrum(
-            self.operator, steps, num_repeats=probes, boundaries=(None, largest)
+            self.operator, steps, num_repeats=probes, boundaries=ends
         )
         return float(torch.trapezoid(grid * density, grid))
 

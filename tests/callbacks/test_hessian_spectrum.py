@@ -266,7 +266,11 @@ def test_two_observers_resume_from_one_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"curvature": "fisher"}, ValueError, "`curvature` must be 'hessian', got 'fisher'"),
+        (
+            {"curvature": "fisher"},
+            ValueError,
+            "`curvature` must be 'hessian' or 'gauss_newton', got 'fisher'",
+        ),
         ({"num_matvecs": 1}, ValueError, "`num_matvecs` must be at least 2, got 1"),
         ({"num_probes": 0}, ValueError, "`num_probes` must be at least 1, got 0"),
         ({"every_n_epochs": 1, "every_n_steps": 2}, ValueError, "Exactly one of"),

@@ -174,11 +174,18 @@ def test_elsewhere_it_does_nothing(module, expected):
         assert found["relative_gradient"] > 0.1
 
 
+def part_of(module_name):
+    """Return which parameters may be moved: of two optimizers one's must be named."""
+    return ["generator.*"] if module_name == "gan" else None
+
+
 @pytest.mark.parametrize("module_name", ["classifier", "gan", "lstm"])
 def test_ordinary_training_is_bit_identical(module_name, tmp_path):
     """No saddle on the way: no weight, no random stream, no metric differs."""
     without = run(module_name, [], tmp_path / "without")
-    callback = SaddleEscape(every_n_steps=2, num_batches=2, gradient_tol=0.0)
+    callback = SaddleEscape(
+        every_n_steps=2, num_batches=2, gradient_tol=0.0, parameters=part_of(module_name)
+    )
     assert_same(without, run(module_name, [callback], tmp_path / "with"))
     assert callback.num_escapes == 0
 
@@ -214,8 +221,22 @@ def test_resumes(options, tmp_path):
 )
 @pytest.mark.parametrize("module_name", ["autoencoder", "gan"])
 def test_resumes_at_every_cadence(module_name, settings, tmp_path):
+    settings = settings | {"parameters": part_of(module_name)}
     callback = assert_resumes(lambda: eager(**settings), module_name, tmp_path)
     assert callback.num_escapes >= 3
+
+
+def test_two_optimizers_without_named_parameters_are_refused():
+    module, data = MODULES["gan"]()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        callbacks=[eager()],
+        logger=False,
+        enable_checkpointing=False,
+        max_epochs=1,
+    )
+    with pytest.raises(MisconfigurationException, match="`parameters` must name what to move"):
+        trainer.fit(module, data)
 
 
 def test_resumes_for_a_part_of_a_gan(tmp_path):

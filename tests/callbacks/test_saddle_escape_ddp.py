@@ -29,15 +29,19 @@ def eager(**options: Any) -> SaddleEscape:
 def train_and_resume(folder: Path) -> list[dict[str, Any]]:
     """Return what each kind of run leaves on this rank, resumed ones compared with whole ones."""
     found = []
-    for name, options in (
-        ("classifier", {"precision": "bf16-mixed", "accumulate_grad_batches": 2}),
-        ("gan", {"strategy": "ddp_find_unused_parameters_true"}),
+    for name, options, parameters in (
+        ("classifier", {"precision": "bf16-mixed", "accumulate_grad_batches": 2}, None),
+        ("gan", {"strategy": "ddp_find_unused_parameters_true"}, ["critic.*", "generator.*"]),
     ):
         callback = assert_resumes(
-            eager, name, folder / name, use_distributed_sampler=False, **DDP | options
+            lambda parameters=parameters: eager(parameters=parameters),
+            name,
+            folder / name,
+            use_distributed_sampler=False,
+            **DDP | options,
         )
         found.append({"escapes": callback.num_escapes})
-        callback = eager()
+        callback = eager(parameters=parameters)
         trace = run(name, [callback], folder / f"{name}-again", **DDP | options)
         found.append({"escapes": callback.num_escapes, "weights": trace["weights"]})
     return found

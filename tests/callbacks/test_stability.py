@@ -238,7 +238,7 @@ def test_two_vectors_are_followed_and_now_and_then_looked_for_afresh(monkeypatch
 
     def recorded(operator, k, *, start, **options):
         found = real(operator, k, start=start, **options)
-        seen.append((start, found.subspace))
+        seen.append((start, found.vectors))
         return found
 
     monkeypatch.setattr(stability, "top_eigenpairs", recorded)

@@ -9,15 +9,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import lightning_optkit.measures.spectrum as spectrum_module
+from lightning_optkit.callbacks.hessian_spectrum import _report
 from lightning_optkit.measures import HessianOperator, critical_point, hessian_spectrum
 from lightning_optkit.measures.cost_model import (
     Hardware,
     measurement_cost,
     transformer_activations,
 )
+from lightning_optkit.measures.finite_difference import FiniteDifferenceOperator
 from tests.benchmarks import bench_scaling
-from tests.benchmarks.bench_products import gradient, peak_memory
+from tests.benchmarks.bench_products import gradient
 from tests.benchmarks.nets import GPT, Workload
+from tests.benchmarks.timing import peak_memory
 
 
 def gpt(width=32, layers=2, vocab=16, length=16, batch=2):
@@ -65,6 +68,77 @@ def test_products_and_vectors_are_those_of_a_measurement(
     assert cost.parameter_bytes == sum(p.numel() * p.element_size() for p in work.params.values())
 
 
+@pytest.mark.parametrize("route", ["cached", "lockstep"])
+@pytest.mark.parametrize("self_check", [True, False])
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("num_batches", [1, 3])
+def test_every_batch_is_gone_through_as_often_as_in_a_measurement(
+    route, self_check, exact, num_batches
+):
+    calls, sent = 0, []
+    angles = torch.linspace(0.0, 3.0, 40)
+
+    def loss(p):
+        nonlocal calls
+        calls += 1
+        return (p["w"] + angles).sin().sum()
+
+    def reduce(part):
+        sent.append(part.numel())
+        return part
+
+    operator = HessianOperator(
+        [loss] * num_batches,
+        {"w": torch.zeros(40)},
+        graphs=route,
+        self_check=self_check,
+        reduce=reduce,
+    )
+    settings = {"num_matvecs": 6, "num_probes": 3, "exact_below": 40 if exact else 39}
+    report = _report(operator, hessian_spectrum(operator, **settings), {})
+    assert report.point.descent is not None  # the two losses along it are counted
+    cost = measurement_cost(
+        40,
+        route=route,
+        num_batches=num_batches,
+        self_check=self_check,
+        world_size=2,
+        hardware=Hardware(bandwidth=1.0),
+        **settings,
+    )
+    assert cost.num_products == operator.num_matvecs
+    assert cost.num_passes * num_batches == calls
+    # a ring of two sends each number once; sums of one number are left out
+    assert cost.network_seconds == 4 * sum(size for size in sent if size > 1)
+
+
+@pytest.mark.parametrize("num_batches", [1, 3])
+@pytest.mark.parametrize(("num_matvecs", "num_probes"), [(20, 1), (7, 3), (80, 2)])
+def test_differences_take_the_gradients_of_a_measurement(num_batches, num_matvecs, num_probes):
+    calls = 0
+    angles = torch.linspace(0.0, 3.0, 40, dtype=torch.float64)
+
+    def loss_and_gradient(offset):
+        nonlocal calls
+        calls += 1
+        return (offset + angles).sin().sum(), (offset + angles).cos()
+
+    operator = FiniteDifferenceOperator(
+        [loss_and_gradient] * num_batches, torch.zeros(40, dtype=torch.float64)
+    )
+    settings = {"num_matvecs": num_matvecs, "num_probes": num_probes}
+    report = _report(operator, hessian_spectrum(operator, exact_below=0, **settings), {})
+    assert report.point.descent is not None
+    # a sharded model is never small enough for all columns, and has no self-check
+    cost = measurement_cost(40, route="sharded", num_batches=num_batches, **settings)
+    assert cost.num_products == operator.num_matvecs
+    assert cost.num_passes == cost.gradients
+    assert cost.num_passes * num_batches == calls
+    assert cost == measurement_cost(
+        40, route="sharded", num_batches=num_batches, self_check=False, exact_below=0, **settings
+    )
+
+
 def test_a_small_net_takes_a_product_a_parameter():
     params = {"w": torch.ones(7)}
     operator = HessianOperator(lambda p: p["w"].pow(3).sum(), params)
@@ -110,7 +184,7 @@ def test_work_adds_up():
         10**6, num_matvecs=10, num_probes=2, num_batches=3, batch_size=4, sequence_length=8
     )
     assert cost.num_products == 23
-    assert cost.gradients == pytest.approx(1.03 + 23 * 2.13 + 3.5)
+    assert cost.gradients == pytest.approx(1.03 + 23 * 2.13 + 3.5 + 2 / 3)
     assert cost.flops == pytest.approx(cost.gradients * 6 * 10**6 * 4 * 8 * 3)
     hardware = Hardware(flops=1e12, efficiency=0.5)
     slow = measurement_cost(10**6, num_matvecs=10, num_probes=2, hardware=hardware)
@@ -122,8 +196,8 @@ def test_lockstep_builds_the_graph_for_every_multiplication():
         measurement_cost(10**6, route=route, num_matvecs=10, num_probes=4, self_check=False)
         for route in ("cached", "lockstep")
     )
-    # 10 multiplications of four vectors, and one single product
-    assert lockstep.gradients - cached.gradients == pytest.approx((10 + 1 - 1) * 1.03)
+    # 10 multiplications of four vectors, and the six times that the kind of point asks
+    assert lockstep.gradients - cached.gradients == pytest.approx((10 + 6 - 1) * 1.03)
     assert lockstep.krylov_bytes == 4 * cached.krylov_bytes
 
 
@@ -142,14 +216,25 @@ def test_a_ring_sends_what_an_all_reduce_sends():
     cost = measurement_cost(
         n, world_size=p, exact_below=0, num_matvecs=2, num_probes=1, hardware=Hardware(bandwidth=1)
     )
-    assert cost.network_seconds == pytest.approx(sent * cost.num_products)
+    # the gradient is summed too: for the self-check, the point and its noise, and by forward mode
+    assert cost.network_seconds == pytest.approx(sent * (cost.num_products + 4))
+
+
+def test_a_sharded_model_sends_thrice_a_gradient():
+    n, p = 12, 4
+    # by hand: two gathers and a scatter of n / p numbers in each of p - 1 steps, for every batch
+    sent = 3 * (p - 1) * (n // p) * 4 * 5
+    cost = measurement_cost(
+        n, route="sharded", world_size=p, num_batches=5, hardware=Hardware(bandwidth=1)
+    )
+    assert cost.network_seconds == pytest.approx(sent * cost.gradients)
 
 
 def test_shards_divide_parameters_and_vectors():
     one, many = (
         measurement_cost(10**9, route="sharded", world_size=p, num_batches=1) for p in (1, 64)
     )
-    assert many.parameter_bytes == one.parameter_bytes / 64 == 4e9 / 64
+    assert many.parameter_bytes == one.parameter_bytes / 64 == 2 * 4e9 / 64
     assert many.krylov_bytes == one.krylov_bytes / 64 == 80 * 4e9 / 64
     assert many.graph_bytes == one.graph_bytes  # activations are of this device's own batch
     whole = measurement_cost(10**9, world_size=64, num_batches=1)
@@ -194,6 +279,48 @@ def test_peak_is_within_a_quarter(self_check):
     assert cost.total_bytes == pytest.approx(peak_memory(measure), rel=0.25)
 
 
+@pytest.mark.parametrize("num_matvecs", [12, 40])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_peak_of_differences_is_within_a_tenth(num_matvecs, batch):
+    work = gpt(width=64, layers=2, vocab=64, length=64, batch=batch)
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in work.params.items()}
+    settings = {"num_matvecs": num_matvecs, "num_probes": 2}
+
+    def measure():
+        saved = [p.detach().clone() for p in leaves.values()]
+
+        def loss_and_gradient(offset):  # as `ShardedGradient` has it, on one device
+            pieces = offset.split([p.numel() for p in saved])
+            with torch.no_grad():
+                for p, at, piece in zip(leaves.values(), saved, pieces, strict=True):
+                    p.copy_(at + piece.view(at.shape))
+            loss = work.loss(leaves)
+            loss.backward()
+            scaled = [p.grad * 1.0 for p in leaves.values()]
+            found = torch.cat([part.reshape(-1) for part in scaled])
+            for p in leaves.values():
+                p.grad = None
+            return loss.detach(), found
+
+        parameters = torch.cat([p.reshape(-1) for p in saved])
+        operator = FiniteDifferenceOperator(loss_and_gradient, parameters)
+        _report(operator, hessian_spectrum(operator, exact_below=0, **settings), {})
+
+    activations = transformer_activations(
+        work.num_params, sequence_length=64, layers=2, width=64, head_width=16, vocab=64
+    )
+    cost = measurement_cost(
+        work.num_params,
+        route="sharded",
+        num_batches=1,
+        batch_size=batch,
+        sequence_length=64,
+        activations=activations,
+        **settings,
+    )
+    assert cost.total_bytes == pytest.approx(peak_memory(measure), rel=0.1)
+
+
 def test_shape_is_guessed_from_the_number_of_parameters():
     # 7 billion: 32 layers of width 4,096 are 6.4 billion in the layers
     layers, width = 32, 4096
@@ -232,9 +359,10 @@ def test_speeds_out_of_range_are_refused(speeds):
 
 def test_str_is_one_line_with_everything():
     text = str(measurement_cost(7 * 10**9, route="sharded", world_size=64))
-    assert text.startswith("sharded: 323 products, 646 gradients")
-    assert "64 devices" in text
+    assert text.startswith("sharded: 332 products, 672 gradients")
+    assert text.endswith("on each of 64 devices")
     assert "\n" not in text
+    assert str(measurement_cost(7)).endswith("on one device")
 
 
 # -- the page ---------------------------------------------------------------------------------

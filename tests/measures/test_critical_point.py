@@ -141,7 +141,11 @@ def test_a_single_batch_has_no_noise():
 
 def test_parameters_at_the_origin():
     with_gradient = kind_at(lambda p: p["w"].square().sum() + p["w"].sum(), torch.zeros(2))
-    assert (with_gradient.kind, with_gradient.relative_gradient) == ("not critical", math.inf)
+    size = 1e-2 * math.sqrt(2)  # the origin has none of its own
+    assert with_gradient.kind == "not critical"
+    assert with_gradient.relative_gradient == pytest.approx(math.sqrt(2) / (2 * size))
+    nearly = kind_at(lambda p: (1 - p["w"][0] * p["w"][1]) ** 2, torch.tensor([1e-12, 0.0]))
+    assert nearly.kind == "saddle"
     without = kind_at(lambda p: p["w"].square().sum(), torch.zeros(2))
     assert (without.kind, without.relative_gradient) == ("minimum", 0.0)
 
@@ -213,8 +217,9 @@ def test_the_step_does_not_depend_on_the_scale_of_the_loss(scale):
 def test_at_the_origin_the_step_has_a_length_of_its_own():
     found = kind_at(lambda p: -p["w"].square().sum(), torch.zeros(2))
     assert found.kind == "maximum"
-    assert found.descent.step == 1e-2
-    assert found.descent.actual == found.descent.predicted == pytest.approx((-1e-4, -1e-4))
+    assert found.descent.step == pytest.approx(1e-2 * 1e-2 * math.sqrt(2))
+    assert found.descent.actual == pytest.approx((-2e-8, -2e-8))
+    assert found.descent.predicted == pytest.approx((-2e-8, -2e-8))
 
 
 @pytest.mark.parametrize("height", [0.0, 1e3, 1e6])

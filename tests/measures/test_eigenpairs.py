@@ -10,6 +10,7 @@ import torch
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import cross_entropy
 
 from lightning_optkit.measures import (
     CurvatureError,
@@ -638,3 +639,31 @@ def test_rows_that_are_the_same_count_once():
     top = torch.linalg.eigh(matrix).eigenvectors[:, -1]
     found = top_eigenpairs(MatrixOperator(matrix), 1, start=torch.stack([top, top, -top]))
     assert float(found.values[0]) == pytest.approx(16.0, rel=1e-9)
+
+
+@pytest.mark.parametrize("learning_rate", [0.3, 1.5])
+def test_two_pairs_are_followed_through_the_edge_of_stability(learning_rate):
+    """Eigenvectors turn from step to step; every value is within its tolerance all the same."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(128, 6, generator=generator)
+    labels = torch.randint(3, (128,), generator=generator)
+    net = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 3))
+    for p in net.parameters():
+        nn.init.uniform_(p, -0.3, 0.3, generator=generator)
+    optimizer = torch.optim.SGD(net.parameters(), lr=learning_rate)
+    start, products = None, 0
+    for step in range(60):
+        optimizer.zero_grad()
+        cross_entropy(net(inputs), labels).backward()
+        optimizer.step()
+        operator = HessianOperator(
+            lambda p: cross_entropy(functional_call(net, p, (inputs,)), labels),
+            dict(net.named_parameters()),
+            self_check=False,
+        )
+        found = top_eigenpairs(operator, 2, which="largest", start=start)
+        truth = torch.linalg.eigvalsh(operator.dense())[-2:].flip(0)
+        error = float((found.values - truth).abs()[0] / truth[0])
+        assert error <= 1e-3, f"step {step}: {found.values} against {truth}"
+        start, products = found.vectors, products + found.num_matvecs
+    assert products / 60 < (5 if learning_rate < 1 else 15)

@@ -368,3 +368,16 @@ def test_rounding_near_convergence_is_noise_and_no_wrong_layer(activation):
     ):
         assert share.lower <= float(truth.double().mean()) <= share.upper
     assert abs(found.lambda_max - float(exact[-1])) <= found.noise
+
+
+@pytest.mark.parametrize("scale", [8, 9, 10, 12, 20])
+def test_curvature_that_is_lost_in_rounding_is_not_blamed_on_a_layer(scale):
+    """At a loss of zero to all digits softmax leaves nothing to differentiate."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.eye(3).repeat(3, 1) @ torch.randn(3, 6, generator=generator)
+    labels = torch.arange(3).repeat(3)
+    weight = 2 * scale * torch.linalg.pinv(x[:3].double()).T.float()
+    operator = HessianOperator(lambda p: cross_entropy(x @ p["w"].T, labels), {"w": weight})
+    with pytest.raises(CurvatureError, match="lost in rounding") as caught:
+        operator @ ones(operator)
+    assert type(caught.value) is CurvatureError  # not WrongDerivativesError, which would stay
