@@ -183,7 +183,8 @@ def measured_section(found: list[Comparison], flops: float) -> str:
 
 GPTs of three sizes on {SETTINGS["num_batches"]} batches of {BATCH} sequences of {LENGTH} tokens,
 {SETTINGS["num_probes"]} probes of {SETTINGS["num_matvecs"]} products, self-check and kind of point
-included; the bytes are the peak of torch's own allocations. The speed was calibrated once, with a gradient of the {CALIBRATED_ON} net:
+included; the bytes are the peak of torch's own allocations.
+The speed was calibrated once, with a gradient of the {CALIBRATED_ON} net:
 {flops / 1e9:.1f} GFLOP/s.
 
 {markdown_table(COLUMNS, [comparison.cells for comparison in found])}
