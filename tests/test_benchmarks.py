@@ -14,13 +14,13 @@ EIGENVALUES = torch.tensor([-10.0, 3.0, 1.0, 1.0, 1.0], dtype=torch.float64)  # 
 @pytest.mark.parametrize(
     ("method", "products"),
     [
-        ("hutchinson", 19),  # 2 * 112 / 12 probes; 19 are the first with a variance under 12
-        ("hutch++", 6),  # one probe: 2 * 12 / 1; two: 2 * 3 / 2
-        ("xtrace", 4),  # one probe takes nothing out; two take -10 out: 2 * 12 / 2, just met
+        ("hutchinson", 10),  # 2 * 112 / 9 is still above 24
+        ("hutch++", 3),  # one probe takes -10 out: 2 * 12 / 1, just met
+        ("xtrace", 4),  # one probe takes nothing out: 2 * 112; two take -10 out: 2 * 12 / 2
     ],
 )
 def test_probes_for_is_the_least_count_that_meets_the_variance(method: str, products: int) -> None:
-    variance = 12.0
+    variance = 24.0
     assert probes_for(method, variance**0.5 * (1 + 1e-12), 112.0, EIGENVALUES) == products
 
 

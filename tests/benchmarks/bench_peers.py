@@ -35,7 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     peers = [peer for peer in PEERS if peer.is_installed()]
     console = Console(width=120)
-    console.print(missing(peers))
+    console.print(roll(peers))
     for kind, make in PROBLEMS.items():
         if options.only not in (None, kind) or (options.quick and kind == SLOW):
             continue
@@ -78,17 +78,17 @@ def markdown(answer: Answer) -> str:
     return f"**{answer.title.capitalize()}**\n\n{table}\n\n{lines}"
 
 
-def missing(peers: list[type[Peer]]) -> str:
-    left_out = [peer.label for peer in PEERS if peer not in peers]
-    return f"Not installed and left out: {', '.join(left_out)}." if left_out else "All peers."
+def roll(peers: list[type[Peer]]) -> str:
+    present = ", ".join(peer.version() for peer in peers) or "none"
+    missing = ", ".join(peer.label for peer in PEERS if peer not in peers)
+    return f"Peers: {present}." + (f" Not installed and left out: {missing}." if missing else "")
 
 
 def heading(peers: list[type[Peer]]) -> str:
-    versions = ", ".join(peer.version() for peer in peers)
     return f"""\
 ## Beside the peers
 
-{missing(peers)} {versions}.
+{roll(peers)}
 
 Each library answers the same questions about the same nets in the middle of their training, on the
 same batches, in one process that runs them in turn, in CPU seconds of one thread. There are several

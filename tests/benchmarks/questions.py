@@ -32,7 +32,7 @@ TRAINING_STEPS, FOLLOWING_RTOL = 50, 1e-3
 CHECKED_EVERY = 5  # of these steps: an independent answer takes ten times the products of ours
 PATIENCE = 8  # times our time, after which a peer is cut off
 
-# What issue and page promise: most gradients a product, and how many times faster, by library.
+# What the page sets out to show, and says where it does not.
 FLOORS = {"MLP": 1.49, "ResNet-20": 2.0, "GPT": 2.0}  # gradients a product, by operation count
 OVER_FLOOR = {"MLP": 1.15, "ResNet-20": 1.4, "GPT": 1.15}
 FASTER = {
@@ -253,7 +253,7 @@ def bundle(
     error = worst_error(top_of(first, TOP), truth)
     lines = [target(f"Error of the top {TOP} in it", error, most=RTOL)]
     spread = first.trace_standard_error
-    lines.append(f"Trace: {first.trace:.3g}, with a standard error of {spread:.3g} on all sides.")
+    lines.append(f"Trace: {first.trace:.3g}, standard error {spread:.3g}; no larger for a peer.")
     lines += targets_of("bundle", ratios)
     if EigenthingsPeer in peers:
         ratio = outcomes[f"{EigenthingsPeer.label} density"].median / ours.median
