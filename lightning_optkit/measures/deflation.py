@@ -1,8 +1,9 @@
 r"""The trace with the largest eigenvalues taken out of its variance.
 
-The variance of a stochastic trace is the sum of squares of the eigenvalues that are estimated, and
-a net's few largest hold most of it. Lanczos converges on just these, so they are counted exactly
-and the probes estimate the rest; the products are the same.
+The variance of a stochastic trace is the sum of squares of the eigenvalues that are estimated. In
+a net late in training a few large ones hold most of it; Lanczos converges on just these, so they
+are counted exactly and the probes estimate the rest, with the same products. Where the bulk holds
+it, as early in training, nothing is gained.
 
 References:
     A. S. Gambhir, A. Stathopoulos, K. Orginos, "Deflation as a method of variance reduction for

@@ -1,9 +1,9 @@
 """The same questions to lightning_optkit and to its peers, one after another in one run.
 
-Run with ``python -m tests.benchmarks.bench_peers``: about twelve minutes of one thread. ``--quick``
-leaves ResNet-20 out and leaves the page as it is; ``--only GPT`` measures one net and writes its
-section. Peers that are not installed are left out, and the page says so. CPU seconds of one thread,
-as in ``bench_products``.
+Run with ``python -m tests.benchmarks.bench_peers``: about sixteen minutes of one thread.
+``--quick`` leaves ResNet-20 out and leaves the page as it is; ``--only GPT`` measures one net and
+writes its section. Peers that are not installed are left out, and the page says so. CPU seconds of
+one thread, as in ``bench_products``.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ that is a draw.
   PyHessian's density calls `torch.eig`, which is gone: two lines stand in for it.
 - *The largest eigenvalue, followed*: after each of {questions.TRAINING_STEPS} steps of SGD on fresh
   batches, warm-started, to {questions.FOLLOWING_RTOL:.0e}; every {questions.CHECKED_EVERY}th step
-  is checked by ARPACK from a random start."""
+  is checked by ARPACK from a random start. It takes the fewer products the further the largest
+  eigenvalue stands from the next: 13 % of its size on the MLP at the start, 3 % on the GPT."""
 
 
 if __name__ == "__main__":

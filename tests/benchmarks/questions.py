@@ -232,7 +232,7 @@ def bundle(
     outcomes = in_turn(OURS, partial(ours_bundle, problem), tasks, rounds=rounds, patience=PATIENCE)
     ours = outcomes[OURS]
     rows = [[OURS, str(ours.num_products), "", "", ours.shown, "1.00"]]
-    ratios, lines = {}, []
+    ratios, totals = {}, {}
     for peer in peers:
         density, trace = outcomes[f"{peer.label} density"], outcomes[f"{peer.label} trace"]
         parts = [tops[peer.label], density, trace]
@@ -242,6 +242,7 @@ def bundle(
             is_cut=any(part.is_cut for part in parts),
         )
         ratios[peer.label] = whole.median / ours.median
+        totals[peer.label] = whole.num_products
         cells = [
             str(whole.num_products),
             f"{density.num_products} in {density.shown} s",
@@ -255,6 +256,13 @@ def bundle(
     spread = first.trace_standard_error
     lines.append(f"Trace: {first.trace:.3g}, standard error {spread:.3g}; no larger for a peer.")
     lines += targets_of("bundle", ratios)
+    if ratios:
+        label = min(ratios, key=ratios.__getitem__)
+        each = ratios[label] * ours.num_products / totals[label]
+        lines.append(
+            f"{label} makes {totals[label]} products to our {ours.num_products}, and each takes "
+            f"{each:.2f} times as long as one of ours."
+        )
     if EigenthingsPeer in peers:
         ratio = outcomes[f"{EigenthingsPeer.label} density"].median / ours.median
         lines.append(
