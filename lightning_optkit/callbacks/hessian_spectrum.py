@@ -216,6 +216,8 @@ class HessianSpectrum(Observer[HessianReport]):
             data=data,
             seed=seed,
         )
+        if exact_below < 0:
+            raise ValueError(f"`exact_below` must be at least 0, got {exact_below}.")
         if top_k < 1:
             raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
         settings: dict[str, Any] = {

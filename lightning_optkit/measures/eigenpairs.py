@@ -90,6 +90,7 @@ def top_eigenpairs(
 
     Raises:
         ValueError: if an argument is out of range or ``start`` has the wrong shape.
+        TypeError: if a count is not an integer.
         CurvatureError: if a product is NaN or infinite.
 
     Example:
@@ -164,6 +165,8 @@ def _check_arguments(
     k: int, which: str, rtol: float, max_matvecs: int, capacity: int, least: int
 ) -> None:
     for name, count in (("k", k), ("max_matvecs", max_matvecs)):
+        if not isinstance(count, int):
+            raise TypeError(f"`{name}` must be an integer, got {count!r}.")
         if count < 1:
             raise ValueError(f"`{name}` must be at least 1, got {count}.")
     kinds = ("magnitude", "largest", "smallest", "both")

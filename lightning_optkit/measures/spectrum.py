@@ -315,8 +315,11 @@ def check_settings(
 
     Raises:
         ValueError: naming the argument and its rule.
+        TypeError: if a count is not an integer.
     """
     for name, count, least in (("num_matvecs", num_matvecs, 2), ("num_probes", num_probes, 1)):
+        if not isinstance(count, int):
+            raise TypeError(f"`{name}` must be an integer, got {count!r}.")
         if count < least:
             raise ValueError(f"`{name}` must be at least {least}, got {count}.")
     if tol_rel != "auto" and not (isinstance(tol_rel, (int, float)) and tol_rel >= 0):  # nor NaN

@@ -197,6 +197,7 @@ def test_descent_is_logged_where_the_loss_curves_down():
     [
         ({"curvature": "fisher"}, "`curvature` must be 'hessian' or 'gauss_newton', got 'fisher'"),
         ({"engine": "curvlinops"}, "`engine` must be 'optkit' or 'pyhessian', got 'curvlinops'"),
+        ({"exact_below": -1}, "`exact_below` must be at least 0, got -1"),
         ({"sharded": "yes"}, "`sharded` must be 'auto', 'gather' or 'fd', got 'yes'"),
         ({"sharded": "fd", "per_layer": True}, "measure the whole Hessian and nothing else"),
         ({"engine": "pyhessian", "curvature": "gauss_newton"}, "measure the whole Hessian"),

@@ -667,3 +667,9 @@ def test_two_pairs_are_followed_through_the_edge_of_stability(learning_rate):
         assert error <= 1e-3, f"step {step}: {found.values} against {truth}"
         start, products = found.vectors, products + found.num_matvecs
     assert products / 60 < (5 if learning_rate < 1 else 15)
+
+
+@pytest.mark.parametrize("options", [{"k": 1.5}, {"max_matvecs": 10.0}])
+def test_counts_are_whole_numbers(options):
+    with pytest.raises(TypeError, match="must be an integer, got"):
+        top_eigenpairs(torch.eye(3), **options)

@@ -771,3 +771,9 @@ def test_the_condition_number_of_lanczos_is_said_to_be_a_bound():
     assert bound == "at least "
     assert large / small == pytest.approx(found.condition_number, rel=1e-2)
     assert large == pytest.approx(10, rel=1e-2)
+
+
+@pytest.mark.parametrize("options", [{"num_matvecs": 2.5}, {"num_probes": 1.0}])
+def test_counts_are_whole_numbers(options):
+    with pytest.raises(TypeError, match="must be an integer, got"):
+        hessian_spectrum(lecture(), **options)
