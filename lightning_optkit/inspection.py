@@ -24,7 +24,6 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_optkit.bridge.measuring import MeasuringCallback
-from lightning_optkit.bridge.probe import Probe
 from lightning_optkit.measures import (
     CriticalPoint,
     Eigenpairs,
@@ -251,6 +250,7 @@ class _Inspector(MeasuringCallback):
             mode=settings.mode,
             loss_index=settings.loss_index,
             seed=settings.seed,
+            graphs=settings.graphs,
         )
         self._state_dict = content["state_dict"]
         self._optimizer_states = content.get("optimizer_states") or []
@@ -269,7 +269,8 @@ class _Inspector(MeasuringCallback):
         started = time.perf_counter()
         limit = self._limit(trainer, pl_module)  # in a probe all optimizers are inert
         with self._probe(trainer, pl_module) as probe:
-            self.found = self._measured(pl_module, probe, limit)
+            terms = self.loss_terms(trainer, probe, self.parameter_names(pl_module))
+            self.found = self._measured(pl_module, terms, limit)
         self.found["seconds"] = time.perf_counter() - started
         raise _InspectedError
 
@@ -280,15 +281,13 @@ class _Inspector(MeasuringCallback):
             raise InspectionError(_misfit(type(pl_module).__name__, error)) from error
 
     def _measured(
-        self, pl_module: pl.LightningModule, probe: Probe, limit: StabilityThreshold | str
+        self,
+        pl_module: pl.LightningModule,
+        terms: dict[str, Any],
+        limit: StabilityThreshold | str,
     ) -> dict[str, Any]:
         settings = self._settings
-        operator = OPERATORS[settings.curvature](
-            [probe.loss_fn(held.batch, i) for i, held in enumerate(self.held_batches)],
-            probe.parameters(self.parameter_names(pl_module)),
-            weights=[held.num_samples for held in self.held_batches],
-            graphs=settings.graphs,
-        )
+        operator = OPERATORS[settings.curvature](**terms)
         of_spectrum: dict[str, Any] = {
             "num_matvecs": settings.num_matvecs,
             "num_probes": settings.num_probes,

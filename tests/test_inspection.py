@@ -323,10 +323,9 @@ def test_weights_are_the_checkpoints_to_the_bit(tmp_path, monkeypatch, kind, tra
     seen = {}
     measured = _Inspector._measured
 
-    def noting(self, pl_module, probe, limit):
-        names = self.parameter_names(pl_module)
-        seen.update({name: p.clone() for name, p in probe.parameters(names).items()})
-        return measured(self, pl_module, probe, limit)
+    def noting(self, pl_module, terms, limit):
+        seen.update({name: p.clone() for name, p in terms["params"].items()})
+        return measured(self, pl_module, terms, limit)
 
     monkeypatch.setattr(_Inspector, "_measured", noting)
     inspection(path, kind)

@@ -48,6 +48,8 @@ class MeasuringCallback(pl.Callback):
         loss_index: which ``manual_backward`` of a step gives the loss, counted from 0.
         data: a ``DataLoader`` or batches in place of the training dataloader.
         seed: seeds the choice of batches and all probes.
+        graphs: ``"cached"`` keeps one gradient graph for each held batch; ``"lockstep"`` one at a
+            time.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class MeasuringCallback(pl.Callback):
         loss_index: int = 0,
         data: Iterable[Any] | None = None,
         seed: int = 0,
+        graphs: Literal["cached", "lockstep"] = "cached",
     ) -> None:
         if isinstance(parameters, str):
             raise TypeError(
@@ -78,6 +81,8 @@ class MeasuringCallback(pl.Callback):
             raise ValueError(f"`mode` must be 'eval' or 'train', got {mode!r}.")
         if loss_index < 0:
             raise ValueError(f"`loss_index` must be at least 0, got {loss_index}.")
+        if graphs not in ("cached", "lockstep"):
+            raise ValueError(f"`graphs` must be 'cached' or 'lockstep', got {graphs!r}.")
         if name is not None and not re.fullmatch(r"[a-z0-9_]+", name):
             raise ValueError(f"`name` must be snake_case, such as 'generator', got {name!r}.")
         self.topic = topic if name is None else f"{topic}-{name}"
@@ -88,6 +93,7 @@ class MeasuringCallback(pl.Callback):
         self._loss_index = loss_index
         self._data = data
         self._seed = seed
+        self._graphs: Literal["cached", "lockstep"] = graphs
         self._held: list[HeldBatch] = []
         self._warned: set[str] = set()
 
@@ -106,7 +112,7 @@ class MeasuringCallback(pl.Callback):
         return self._held
 
     def loss_terms(self, trainer: pl.Trainer, probe: Probe, names: list[str]) -> dict[str, Any]:
-        """Return what makes an operator of the held batches' loss: its first arguments.
+        """Return what makes an operator of the held batches' loss: its arguments.
 
         Args:
             trainer: the Trainer, fitting.
@@ -118,6 +124,7 @@ class MeasuringCallback(pl.Callback):
             "params": probe.parameters(names),
             "weights": [held.num_samples for held in self._held],
             "reduce": sum_over_ranks(trainer),
+            "graphs": self._graphs,
         }
 
     def held_fingerprint(self) -> int:

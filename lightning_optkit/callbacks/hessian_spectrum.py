@@ -215,6 +215,7 @@ class HessianSpectrum(Observer[HessianReport]):
             loss_index=loss_index,
             data=data,
             seed=seed,
+            graphs=graphs,
         )
         if exact_below < 0:
             raise ValueError(f"`exact_below` must be at least 0, got {exact_below}.")
@@ -231,9 +232,6 @@ class HessianSpectrum(Observer[HessianReport]):
         self._operator_type = _OPERATORS[curvature]
         self._per_layer = per_layer
         self._top_k = top_k
-        if graphs not in ("cached", "lockstep"):
-            raise ValueError(f"`graphs` must be 'cached' or 'lockstep', got {graphs!r}.")
-        self._graphs: Literal["cached", "lockstep"] = graphs
         self._self_check = self_check
         self._engine = engine
         self._sharded = sharded
@@ -261,12 +259,11 @@ class HessianSpectrum(Observer[HessianReport]):
             return self._report_of_shards(trainer, pl_module, probe)
         operator = self._operator_type(
             **self.loss_terms(trainer, probe, self.parameter_names(pl_module)),
-            graphs=self._graphs,
             self_check=self._self_check,
         )
         generator = torch.Generator().manual_seed(self._seed)
         try:
-            spectrum = self._spectrum(operator)
+            spectrum = self._spectrum(operator, generator)
             layers = (
                 layer_spectra(operator, generator=generator, **self._settings)
                 if self._per_layer
@@ -277,9 +274,8 @@ class HessianSpectrum(Observer[HessianReport]):
             raise
         return _report(operator, spectrum, layers)
 
-    def _spectrum(self, operator: HessianOperator) -> Spectrum:
+    def _spectrum(self, operator: HessianOperator, generator: torch.Generator) -> Spectrum:
         if self._engine == "optkit":
-            generator = torch.Generator().manual_seed(self._seed)
             return hessian_spectrum(operator, generator=generator, **self._settings)
         operator @ torch.ones(operator.shape[0])  # PyHessian has no self-check: ours comes first
         kept = ("num_matvecs", "num_probes", "tol_rel")

@@ -119,6 +119,7 @@ class SaddleEscape(MeasuringCallback):
             loss_index=loss_index,
             data=data,
             seed=seed,
+            graphs=graphs,
         )
         check_escape_settings(
             gradient_tol=gradient_tol, max_matvecs=max_matvecs, max_radius=max_radius
@@ -127,8 +128,6 @@ class SaddleEscape(MeasuringCallback):
             raise ValueError(
                 f"`max_escapes` must be at least 1, got {max_escapes}. `None` sets no limit."
             )
-        if graphs not in ("cached", "lockstep"):
-            raise ValueError(f"`graphs` must be 'cached' or 'lockstep', got {graphs!r}.")
         self._turns = Turns(every_n_steps=every_n_steps, every_n_epochs=every_n_epochs)
         self._search = partial(
             escape_attempt,
@@ -137,7 +136,6 @@ class SaddleEscape(MeasuringCallback):
             max_radius=max_radius,
         )
         self._max_escapes = max_escapes
-        self._graphs: Literal["cached", "lockstep"] = graphs
         self._event = tags.ESCAPE_EVENT if name is None else f"{tags.ESCAPE_EVENT}_{name}"
         self.num_escapes = 0
         """Steps taken in this run."""
@@ -203,7 +201,6 @@ class SaddleEscape(MeasuringCallback):
     ) -> HessianOperator:
         return HessianOperator(
             **self.loss_terms(trainer, probe, self.parameter_names(pl_module)),
-            graphs=self._graphs,
         )
 
     def _attempt(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:

@@ -168,17 +168,15 @@ class Stability(Observer[StabilityReport]):
             loss_index=loss_index,
             data=data,
             seed=seed,
+            graphs=graphs,
         )
         if optimizer_index < 0:
             raise ValueError(f"`optimizer_index` must be at least 0, got {optimizer_index}.")
         if not rtol >= 0:  # NaN neither
             raise ValueError(f"`rtol` must be at least 0, got {rtol}.")
-        if graphs not in ("cached", "lockstep"):
-            raise ValueError(f"`graphs` must be 'cached' or 'lockstep', got {graphs!r}.")
         self._optimizer_index = optimizer_index
         self._rtol = rtol
         self._self_check = self_check
-        self._graphs: Literal["cached", "lockstep"] = graphs
         self._forget()
 
     def _forget(self) -> None:
@@ -300,7 +298,6 @@ class Stability(Observer[StabilityReport]):
     def _operator(self, trainer: pl.Trainer, probe: Probe, names: list[str]) -> HessianOperator:
         operator = HessianOperator(
             **self.loss_terms(trainer, probe, names),
-            graphs=self._graphs,
             # once a run: it costs more than the products of a measurement
             self_check=self._self_check and names != self._checked,
         )

@@ -72,10 +72,11 @@ def top_eigenpairs(
     The start vector is random, or the one row of ``start``. From several rows, such as the
     ``subspace`` found for an operator that has changed little, a handful of products is enough: the
     space then grows by residuals (Davidson), and sees what overtakes the pair that is followed, if
-    it is among the rows. One start vector sees an eigenvalue of an
-    unbroken Krylov space once, however often it is repeated. Where the space closes, a new random
-    vector is taken, until one adds nothing: the repeated eigenvalues of small or low-rank operators
-    are all found.
+    it is among the rows.
+
+    One start vector sees an eigenvalue of an unbroken Krylov space once, however often it is
+    repeated. Where the space closes, a new random vector is taken, until one adds nothing: the
+    repeated eigenvalues of small or low-rank operators are all found.
 
     Args:
         operator: a symmetric operator of size ``n``.
@@ -115,7 +116,8 @@ def top_eigenpairs(
         first = None if rows is None else rows[0]
         space = KrylovSpace(operator, min(capacity, size), first, generator)
     else:
-        space = TrackedSpace(operator, max(capacity // 2, len(rows) + 1), rows)
+        rows = rows[:max_matvecs]
+        space = TrackedSpace(operator, max(capacity // 2, len(rows) + 1), rows, generator)
     past: list[Tensor] = []
     worst = 0
     while True:
@@ -156,7 +158,7 @@ def _rows(operator: SymmetricOperator, start: Tensor) -> Tensor:
     if rows.shape[1:] != (n,) or len(rows) == 0 or not bool(rows.norm(dim=1).min() > 0):
         got = tuple(start.shape)
         raise ValueError(f"`start` must hold non-zero rows of length {n}, got shape {got}.")
-    rows = rows.detach().to(operator.device, operator.dtype)
+    rows = rows[:n].detach().to(operator.device, operator.dtype)
     independent = torch.linalg.qr((rows / rows.norm(dim=1, keepdim=True)).T).R.diagonal().abs()
     return rows[independent > _INDEPENDENT]
 

@@ -167,9 +167,8 @@ class KrylovSpace:
         self._projected = torch.nn.functional.pad(self._projected, (0, self.num_vectors) * 2)
 
     def _random(self) -> Tensor:
-        n = self._operator.shape[0]
-        vector = torch.randn(n, generator=self._generator, dtype=torch.float64)
-        return self._orthogonal(vector.to(self._basis))
+        like = self._basis.new_empty(self._operator.shape[0])
+        return self._orthogonal(random_like(like, self._generator))
 
     def _orthogonal(self, vector: Tensor) -> Tensor:
         return orthogonalised(vector, self._basis[: self.num_vectors])
@@ -187,8 +186,15 @@ class TrackedSpace:
         corresponding eigenvectors of large real-symmetric matrices", 1975, section II.
     """
 
-    def __init__(self, operator: SymmetricOperator, capacity: int, start: Tensor) -> None:
+    def __init__(
+        self,
+        operator: SymmetricOperator,
+        capacity: int,
+        start: Tensor,
+        generator: torch.Generator,
+    ) -> None:
         self._operator = operator
+        self._generator = generator
         self._capacity = capacity
         self._basis = start.new_empty(0, start.shape[1])
         for row in start:
@@ -223,7 +229,10 @@ class TrackedSpace:
     def step(self, residual_of: int) -> None:
         """Multiply the start, or the residual of a Ritz pair as a new vector of the basis."""
         if len(self._products) == self.num_vectors:
-            direction = orthogonalised(self._residuals[residual_of], self._basis)
+            residual = self._residuals[residual_of]
+            if not bool(residual.any()):  # the space has closed, and is too small
+                residual = random_like(residual, self._generator)
+            direction = orthogonalised(residual, self._basis)
             self._basis = torch.cat([self._basis, direction[None]])
         new = self._basis[len(self._products) :]
         self._products = torch.cat([self._products, (self._operator @ new.T).T])
@@ -257,6 +266,11 @@ class TrackedSpace:
     def may_hide(self, count: int, which: Which, rtol: float) -> bool:
         """Return whether copies of wanted eigenvalues may lie outside: nobody asks here."""
         return False
+
+
+def random_like(vector: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a Gaussian vector of the same shape, dtype and device, drawn on the CPU."""
+    return torch.randn(vector.shape, generator=generator, dtype=torch.float64).to(vector)
 
 
 def orthogonalised(vector: Tensor, basis: Tensor) -> Tensor:

@@ -673,3 +673,19 @@ def test_two_pairs_are_followed_through_the_edge_of_stability(learning_rate):
 def test_counts_are_whole_numbers(options):
     with pytest.raises(TypeError, match="must be an integer, got"):
         top_eigenpairs(torch.eye(3), **options)
+
+
+@pytest.mark.parametrize("matrix", [torch.zeros(9, 9), torch.diag(torch.arange(9.0))])
+def test_more_pairs_than_a_start_that_is_exact(matrix):
+    """The residuals of an exact start are zero: what to add to it is drawn."""
+    start = torch.eye(9)[-2:]
+    found = top_eigenpairs(matrix, 4, start=start)
+    truth = matrix.diagonal().flip(0)[:4].double()
+    torch.testing.assert_close(found.values, truth, rtol=1e-3, atol=1e-6)
+
+
+def test_more_rows_than_products_or_dimensions_to_spend_them_on():
+    matrix = torch.diag(torch.arange(9.0))
+    start = torch.randn(20, 9, generator=torch.Generator().manual_seed(0))
+    assert top_eigenpairs(matrix, 1, start=start, max_matvecs=3).num_matvecs == 3
+    assert float(top_eigenpairs(matrix, 1, start=start).values[0]) == pytest.approx(8.0, rel=1e-5)
