@@ -131,7 +131,7 @@ def memory(problem: Problem, peers: Peers) -> Answer:
     lines = []
     if PyHessianPeer.label in peaks:
         ratio = peaks[lockstep] / peaks[PyHessianPeer.label]
-        lines = [target("Lockstep, times PyHessian's", ratio, most=MEMORY)]
+        lines = [target("Lockstep of one vector, times PyHessian's", ratio, most=MEMORY)]
     rows = [[label, f"{peak:.1f}"] for label, peak in peaks.items()]
     return Answer("peak memory", ["library", "MiB"], rows, lines)
 
