@@ -99,7 +99,8 @@ that is a draw.
 - *One product*: in gradients over the same batches; error against forward over reverse mode.
   curvlinops is 0.3 % off on the GPT, all of it in the weights of LayerNorm: there torch 2.13's
   `jvp` of `jacrev`, which it rests on, is wrong.
-- *Peak memory*: tensors of one product, set-up included.
+- *Peak memory*: tensors of one product, set-up included. Lockstep of 4 multiplies four vectors at
+  once and holds four products: no peer does, and it is over PyHessian's one by 1.6 to 2 times.
 - *Top {questions.TOP}*: eigenvalues of largest magnitude; error of the worst against float64. Ours
   is asked for `rtol={questions.RTOL:.0e}`, as a user would, and stops by itself. Each peer has an
   advantage that no user has: the cheapest settings that reach this error, found by a search that
