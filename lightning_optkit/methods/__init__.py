@@ -1,0 +1,1 @@
+"""What can a training run do about it? Pure functions of tensors."""
