@@ -1,30 +1,29 @@
-"""A few training batches, drawn once and kept: every measurement of a run is of the same loss."""
+"""Training batches as ``training_step`` receives them: a few to keep, or all one after another."""
 
 from __future__ import annotations
 
-import copy
-import itertools
+import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.data import extract_batch_size
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.data import DataLoader, IterableDataset
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_optkit.bridge.probe import Probe, seed_global_generators
+from lightning_optkit.bridge.probe import Probe
 from lightning_optkit.bridge.snapshot import Snapshot
+from lightning_optkit.bridge.training_data import MAX_ITEMS, Surroundings, read_again
 
-__all__ = ["HeldBatch", "draw_batches"]
+__all__ = ["HeldBatch", "draw_batches", "stream_batches"]
 
 
-# Datasets and datamodules are put back after the draw, but for tensors and containers of more
-# items: those are the data.
-_MAX_ITEMS = 10_000
+_HOOKS = 1_000_003  # added to the seed: hooks draw other numbers than loaders
 
 
 @dataclass(frozen=True)
@@ -59,100 +58,141 @@ def draw_batches(
     Raises:
         MisconfigurationException: if the loader is empty or can only be read once.
     """
-    source = trainer.train_dataloader if data is None else data
-    if source is None:
+    batches = _stream(
+        trainer,
+        pl_module,
+        _training_loaders(trainer) if data is None else data,
+        num_batches if data is not None else _limit(trainer, num_batches),
+        seed=seed,
+        with_workers=False,
+        default_dtype=torch.get_default_dtype(),
+    )
+    undone = Snapshot.undone(pl_module, max_items=MAX_ITEMS)
+    with Probe(trainer, pl_module), undone, closing(batches):
+        return list(batches)
+
+
+def stream_batches(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    *,
+    num_batches: int | None = None,
+    seed: int = 0,
+) -> Generator[HeldBatch, None, None]:
+    """Yield one pass over the training data, without disturbing training or holding the data.
+
+    Batches come as ``training_step`` would receive them, in the mode in which the Trainer combines
+    its loaders. They are fetched with as many workers as the loaders have, by loaders of their own:
+    training's may be half-way through an epoch. The same seed gives the same batches at any time of
+    a run, whatever the caller draws between them: generators that samplers, datasets and collate
+    functions hold are seeded, and samplers are at epoch 0. Other state they have is as training
+    left it; an iterable dataset that keeps its place in an attribute is read on from there.
+
+    Call it before a probe is opened, which changes the default dtype; read it inside or outside.
+    Under several processes each reads its own part, which need not be equally many batches.
+
+    Args:
+        trainer: the Trainer, fitting, its dataloaders made.
+        pl_module: its module; its transfer hooks are applied.
+        num_batches: how many to read at most; ``None`` takes all that an epoch trains on, and of
+            data without an end as many as training has seen so far.
+        seed: seeds what is random in the loaders, their workers and the hooks.
+
+    Returns:
+        A generator, which does nothing before its first item. Close it to stop early
+        (``contextlib.closing``): workers end, samplers and datasets are put back.
+
+    Raises:
+        MisconfigurationException: if there is no loader; and, once read, if it is empty or can only
+            be read once.
+    """
+    return _stream(
+        trainer,
+        pl_module,
+        _training_loaders(trainer),
+        _limit(trainer, num_batches),
+        seed=seed,
+        with_workers=True,
+        default_dtype=torch.get_default_dtype(),
+    )
+
+
+def _training_loaders(trainer: pl.Trainer) -> CombinedLoader:
+    loaders = trainer.fit_loop._combined_loader
+    if loaders is None:
         raise MisconfigurationException(
-            "There must be a training dataloader to draw batches from, got none. Pass `data=` with "
-            "a `DataLoader` or a list of batches."
+            "There must be a training dataloader to draw batches from, got none. Pass one to "
+            "`trainer.fit`, or `data=` with a `DataLoader` or a list of batches."
         )
-    if data is None and num_batches is not None:  # of a run on few batches no more are trained on
-        num_batches = int(min(num_batches, trainer.num_training_batches))
-    undone = Snapshot.undone(pl_module, getattr(trainer, "datamodule", None), max_items=_MAX_ITEMS)
-    with Probe(trainer, pl_module), undone:
-        seed_global_generators(seed)
-        drawn = _combined(source, num_batches) if data is None else _draw(source, num_batches)
-        held = [_held(trainer, pl_module, batch) for batch in drawn]
-    if not held:
+    return loaders
+
+
+def _limit(trainer: pl.Trainer, num_batches: int | None) -> int:
+    """Return how many batches to read: of a run on few no more are read than trained on."""
+    limit = min(math.inf if num_batches is None else num_batches, trainer.num_training_batches)
+    if limit == math.inf:
+        limit = max(1, trainer.fit_loop.epoch_loop.total_batch_idx + 1)
+    return int(limit)
+
+
+def _stream(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    source: Any,
+    limit: int | None,
+    *,
+    seed: int,
+    with_workers: bool,
+    default_dtype: torch.dtype,
+) -> Generator[HeldBatch, None, None]:
+    """Read, and take through the hooks of training."""
+    hooks = _TransferHooks(trainer, pl_module, Surroundings(seed + _HOOKS, default_dtype))
+    read = read_again(
+        source, limit, seed=seed, with_workers=with_workers, default_dtype=default_dtype
+    )
+    undone = Snapshot.undone(getattr(trainer, "datamodule", None), max_items=MAX_ITEMS)
+    empty = True
+    with undone, closing(read):
+        for batch in read:
+            if batch is not None:  # which training skips
+                empty = False
+                yield hooks(batch)
+    if empty:
         raise MisconfigurationException(
             "The training dataloader must yield at least one batch, got none. Check the dataset's "
             "length and `drop_last`, or pass `data=`."
         )
-    return held
 
 
-def _combined(loaders: Any, num_batches: int | None) -> list[Any]:
-    """Draw from each loader of a collection; a shorter one is cycled, as Lightning does."""
-    leaves, structure = tree_flatten(loaders, is_leaf=_is_loader)
-    if len(leaves) == 1 and leaves[0] is loaders:
-        return _draw(loaders, num_batches)
-    drawn = [_draw(leaf, num_batches) for leaf in leaves]
-    if not all(drawn):
-        return []
-    longest = max(len(batches) for batches in drawn)
-    return [
-        tree_unflatten([batches[i % len(batches)] for batches in drawn], structure)
-        for i in range(longest)
-    ]
+class _TransferHooks:
+    """The hooks between loader and training step, on the module's state that they left last."""
 
+    def __init__(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, surroundings: Surroundings
+    ) -> None:
+        self._trainer = trainer
+        self._module = pl_module
+        self._surroundings = surroundings
+        names = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+        owners = (pl_module, getattr(trainer, "datamodule", None))
+        self._are_users = any(is_overridden(name, owner) for name in names for owner in owners)
+        self._left: Snapshot | None = None
 
-def _is_loader(node: Any) -> bool:
-    return hasattr(node, "__iter__") and not isinstance(node, (dict, list, tuple))
+    def __call__(self, batch: Any) -> HeldBatch:
+        if not self._are_users:  # Lightning's own draw nothing and change nothing
+            with torch.inference_mode(False), torch.enable_grad():
+                return _held(self._trainer, self._module, batch)
+        with self._surroundings.installed(), self._module_kept():
+            return _held(self._trainer, self._module, batch)
 
-
-def _draw(loader: Any, num_batches: int | None) -> list[Any]:
-    if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
-        return list(itertools.islice(_copied(loader), num_batches))
-    if isinstance(loader.dataset, IterableDataset):
-        again = DataLoader(
-            _copied(loader.dataset),
-            batch_size=loader.batch_size,
-            collate_fn=loader.collate_fn,
-            drop_last=loader.drop_last,
-        )
-        return list(itertools.islice(again, num_batches))
-    return list(itertools.islice(_fetched(loader), num_batches))
-
-
-def _fetched(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Yield batches of a map-style loader; its samplers are as before once this is closed."""
-    batches: Iterable[Any] = (
-        loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-    )
-    if isinstance(batches, Iterator):
-        raise _read_once(batches, "is an iterator")
-    samplers = (loader.batch_sampler, loader.sampler, loader.generator)
-    with Snapshot.undone(*samplers, loader.dataset, max_items=_MAX_ITEMS):
-        for owner in (loader, loader.sampler):  # the same draw in a resumed run
-            if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
-                generator.manual_seed(torch.initial_seed())
-        for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
-            set_epoch = getattr(sampler, "set_epoch", None)
-            if set_epoch is not None:
-                set_epoch(0)
-        for index in batches:
-            if loader.batch_sampler is None:
-                yield loader.collate_fn(loader.dataset[index])
-            elif hasattr(loader.dataset, "__getitems__"):
-                yield loader.collate_fn(loader.dataset.__getitems__(list(index)))
-            else:
-                yield loader.collate_fn([loader.dataset[i] for i in index])
-
-
-def _copied(source: Iterable[Any]) -> Any:
-    """Return a copy to read from, so that the original stays where it is."""
-    if isinstance(source, Sequence):
-        return source
-    try:
-        return copy.deepcopy(source)
-    except Exception as error:
-        raise _read_once(source, f"cannot be copied ({error})") from error
-
-
-def _read_once(source: object, why: str) -> MisconfigurationException:
-    return MisconfigurationException(
-        f"The data to measure on must be readable twice, got {type(source).__name__}, which "
-        f"{why}. Pass `data=` with a `DataLoader` or a list of batches."
-    )
+    @contextmanager
+    def _module_kept(self) -> Iterator[None]:
+        """Undo what the block does to the module, but let the next block go on from there."""
+        with Snapshot.undone(self._module, max_items=MAX_ITEMS):
+            if self._left is not None:
+                self._left.restore()
+            yield
+            self._left = Snapshot(self._module, max_items=MAX_ITEMS)
 
 
 def _held(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> HeldBatch:

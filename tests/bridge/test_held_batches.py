@@ -111,6 +111,7 @@ LOADERS = {
     "subset": lambda: DataLoader(Numbers(), 4, sampler=SubsetRandomSampler(range(12))),
     "unbatched": lambda: DataLoader(Numbers(), batch_size=None),
     "workers": lambda: DataLoader(Numbers(), 4, shuffle=True, num_workers=1),
+    "timeout": lambda: DataLoader(Numbers(), 4, num_workers=1, timeout=100),
     "stream": lambda: DataLoader(Stream(), 4),
     "dict": lambda: {
         "a": DataLoader(Numbers(), 4, shuffle=True),
