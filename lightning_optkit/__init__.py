@@ -18,16 +18,26 @@ _EXPORTS = {
     "HessianSpectrum": "lightning_optkit.callbacks.hessian_spectrum",
     "Stability": "lightning_optkit.callbacks.stability",
     "SaddleEscape": "lightning_optkit.callbacks.saddle_escape",
+    "SWA": "lightning_optkit.callbacks.swa",
+    "EMA": "lightning_optkit.callbacks.ema",
+    "load_averaged": "lightning_optkit.bridge.averaged_checkpoint",
+    "load_raw": "lightning_optkit.bridge.averaged_checkpoint",
+    "without_average": "lightning_optkit.bridge.averaged_checkpoint",
     "is_probing": "lightning_optkit.bridge.probe",
 }
 
 __all__ = list(_EXPORTS)
 
 if TYPE_CHECKING:
+    from lightning_optkit.bridge.averaged_checkpoint import load_averaged as load_averaged
+    from lightning_optkit.bridge.averaged_checkpoint import load_raw as load_raw
+    from lightning_optkit.bridge.averaged_checkpoint import without_average as without_average
     from lightning_optkit.bridge.probe import is_probing as is_probing
+    from lightning_optkit.callbacks.ema import EMA as EMA
     from lightning_optkit.callbacks.hessian_spectrum import HessianSpectrum as HessianSpectrum
     from lightning_optkit.callbacks.saddle_escape import SaddleEscape as SaddleEscape
     from lightning_optkit.callbacks.stability import Stability as Stability
+    from lightning_optkit.callbacks.swa import SWA as SWA
 else:  # hidden from type checkers, so that they report a misspelt name too
 
     def __getattr__(name):

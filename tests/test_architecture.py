@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "diagnosis": ".measures",
     "figures": "matplotlib numpy .measures",
     "board": "tensorboard numpy werkzeug",
-    "bridge": "torch numpy lightning lightning_utilities .board.tags .board.schema",
+    "bridge": "torch numpy lightning lightning_utilities .board.tags .board.schema .methods",
     "callbacks": "torch lightning .measures .methods .optim .diagnosis .figures .board .bridge "
     ".compat",
     "compat": "torch numpy pyhessian .measures",
@@ -103,6 +103,7 @@ def test_checker_tells_right_from_wrong(line):
         ("lightning_optkit", "torch lightning numpy matplotlib tensorboard"),
         ("lightning_optkit.cli", "torch lightning numpy matplotlib tensorboard"),
         ("lightning_optkit.measures", "lightning matplotlib tensorboard"),
+        ("lightning_optkit.methods", "lightning matplotlib tensorboard"),
         ("lightning_optkit.board.tags, lightning_optkit.board.schema", "torch lightning"),
     ],
 )

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 __all__ = [
+    "AVERAGING",
+    "AVERAGING_EVENT",
+    "AVERAGING_SCALARS",
     "ESCAPE",
     "ESCAPE_EVENT",
     "ESCAPE_SCALARS",
@@ -47,6 +50,11 @@ STABILITY = "optkit-stability"
 STABILITY_FIGURE = "history"
 """Figure of the largest eigenvalue against the threshold, through training."""
 
+AVERAGING = "optkit-averaging"
+"""Topic of :class:`~lightning_optkit.SWA` and :class:`~lightning_optkit.EMA`."""
+
+AVERAGING_EVENT = "averaging"
+"""Event of the first model in an average, and of the last; its value is how many there are."""
 
 ESCAPE = "optkit-escape"
 """Topic of :class:`~lightning_optkit.SaddleEscape`."""
@@ -127,6 +135,13 @@ ESCAPE_SCALARS = (
     Tag("seconds", "s", "wall time spent on this attempt"),
 )
 """What an attempt to escape logs; relative_gradient only where there is a step down."""
+
+AVERAGING_SCALARS = (
+    Tag("num_averaged", "models", "models in the average"),
+    Tag("distance", "share", "norm of average minus weights, relative to that of the weights"),
+    Tag("learning_rate", "rate", "of the last step, first parameter group; where `lr=` is given"),
+)
+"""What an average logs."""
 
 
 def tag(topic: str, name: str) -> str:

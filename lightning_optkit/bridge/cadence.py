@@ -74,8 +74,8 @@ class Cadence:
                 f"`max_overhead` must be a share in (0, 1], such as 0.05, got {max_overhead}. "
                 "`None` sets no limit."
             )
-        self._every_n_steps = every_n_steps
-        self._every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
+        self.every_n_epochs = every_n_epochs
         self._max_overhead = max_overhead
         self._spent = 0.0  # seconds
         self._trained = 0.0
@@ -95,16 +95,16 @@ class Cadence:
 
     def after_batch(self, trainer: pl.Trainer) -> bool:
         """Return whether to measure now, in ``on_train_batch_end``."""
-        if self._every_n_steps is None or trainer.fit_loop._should_accumulate():
+        if self.every_n_steps is None or trainer.fit_loop._should_accumulate():
             return False
         step = logger_step(trainer, after_batch=True)
-        return (step + 1) % self._every_n_steps == 0 and self._affordable(trainer)
+        return (step + 1) % self.every_n_steps == 0 and self._affordable(trainer)
 
     def after_epoch(self, trainer: pl.Trainer) -> bool:
         """Return whether to measure now, in ``on_train_epoch_end``."""
-        if self._every_n_epochs is None:
+        if self.every_n_epochs is None:
             return False
-        return (trainer.current_epoch + 1) % self._every_n_epochs == 0 and self._affordable(trainer)
+        return (trainer.current_epoch + 1) % self.every_n_epochs == 0 and self._affordable(trainer)
 
     def at_end(self, trainer: pl.Trainer) -> bool:
         """Return whether the last step still has to be measured, in ``on_train_end``."""

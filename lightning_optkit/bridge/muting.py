@@ -24,17 +24,17 @@ class CapturedLosses:
     """Stands for ``manual_backward``, and ends the step at the wanted loss.
 
     Args:
-        wanted: which of the step's losses, counted from 0.
+        wanted: which of the step's losses, counted from 0; ``None`` lets the step run to its end.
     """
 
-    def __init__(self, wanted: int) -> None:
+    def __init__(self, wanted: int | None) -> None:
         self._wanted = wanted
         self.losses: list[Tensor] = []
 
     def __call__(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Take a loss in place of differentiating it."""
         self.losses.append(loss)
-        if len(self.losses) == self._wanted + 1:
+        if self._wanted is not None and len(self.losses) == self._wanted + 1:
             raise LossFoundError
 
     @property
@@ -44,7 +44,7 @@ class CapturedLosses:
         Raises:
             ProbeError: if the step handed in fewer.
         """
-        if len(self.losses) > self._wanted:
+        if self._wanted is not None and len(self.losses) > self._wanted:
             return self.losses[self._wanted]
         if not self.losses:
             raise ProbeError(

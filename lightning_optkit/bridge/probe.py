@@ -155,6 +155,14 @@ class Probe:
 
         return loss
 
+    def forward(self, batch: Any, batch_idx: int = 0) -> None:
+        """Run the step to its end without a gradient, for the sake of what its layers see.
+
+        The step need not return a loss. Shards are gathered: all ranks must call it.
+        """
+        self._copy_parameters()
+        self._unsharded({}, batch, batch_idx, CapturedLosses(wanted=None))
+
     def _copy_parameters(self) -> None:
         if not self._copies:
             self._originals = {name: whole(p) for name, p in self._module.named_parameters()}
@@ -174,7 +182,9 @@ class Probe:
         with resharded_after(self._module):
             mute_setters(self._module)
             try:
-                loss, _ = self._run({}, batch, batch_idx)
+                captured = CapturedLosses(self._loss_index)
+                output = self._run({}, batch, batch_idx, captured)
+                loss, _ = self._loss_and_outputs(output, captured)
                 _require_graph(loss)
                 (weight * loss).backward()
             finally:
@@ -182,20 +192,36 @@ class Probe:
         return loss.detach()
 
     def _call(self, parameters: Mapping[str, Tensor], batch: Any, batch_idx: int) -> Any:
-        substitutes = {name: p.detach() for name, p in self._copies.items()} | dict(parameters)
-        try:
-            with sharding_hidden(self._module):
-                loss, outputs = self._run(substitutes, batch, batch_idx)
-        finally:
-            self._snapshot.restore()
-            self._repair_parameters()
+        captured = CapturedLosses(self._loss_index)
+        output = self._unsharded(parameters, batch, batch_idx, captured)
+        loss, outputs = self._loss_and_outputs(output, captured)
         if any(p.requires_grad for p in parameters.values()):
             _require_graph(loss)
         return loss if outputs is None else (loss, outputs)
 
+    def _unsharded(
+        self,
+        parameters: Mapping[str, Tensor],
+        batch: Any,
+        batch_idx: int,
+        captured: CapturedLosses,
+    ) -> Any:
+        """Run the step on whole parameters, and put everything back."""
+        substitutes = {name: p.detach() for name, p in self._copies.items()} | dict(parameters)
+        try:
+            with sharding_hidden(self._module):
+                return self._run(substitutes, batch, batch_idx, captured)
+        finally:
+            self._snapshot.restore()
+            self._repair_parameters()
+
     def _run(
-        self, substitutes: dict[str, Tensor], batch: Any, batch_idx: int
-    ) -> tuple[Tensor, Any]:
+        self,
+        substitutes: dict[str, Tensor],
+        batch: Any,
+        batch_idx: int,
+        captured: CapturedLosses,
+    ) -> Any:
         """Run the step once, mute; what it changes is for the caller to put back."""
         seed_global_generators(self._seed + batch_idx)
         buffers = {
@@ -203,15 +229,16 @@ class Probe:
             for name, buffer in self._module.named_buffers()
         }
         own_batch = apply_to_collection(_copied(batch), Tensor, _in_full_precision)
-        captured = CapturedLosses(self._loss_index)
         if self._mode == "eval":
             self._module.eval()
         mute(self._module, captured)
         prefixed = {f"module.{name}": tensor for name, tensor in (buffers | substitutes).items()}
         try:
-            output = functional_call(self._step, prefixed, (own_batch, batch_idx))
+            return functional_call(self._step, prefixed, (own_batch, batch_idx))
         except LossFoundError:
-            output = None
+            return None
+
+    def _loss_and_outputs(self, output: Any, captured: CapturedLosses) -> tuple[Tensor, Any]:
         outputs = None
         if self._step.has_own_loss and isinstance(output, tuple) and len(output) == 2:
             output, outputs = output

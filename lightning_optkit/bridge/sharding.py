@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.distributed import fsdp
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 __all__ = [
     "at_rest",
@@ -21,9 +21,11 @@ __all__ = [
     "fsdp_groups",
     "mute_setters",
     "resharded_after",
+    "shard_of",
     "sharding_hidden",
     "whole",
     "whole_fits",
+    "whole_of_shards",
 ]
 
 
@@ -48,6 +50,34 @@ def whole(parameter: Tensor) -> Tensor:
     # shards that are offloaded to the CPU travel on the device that the ranks talk through
     shards = cast(DTensor, parameter.to(parameter.device_mesh.device_type))
     return shards.full_tensor()
+
+
+def whole_of_shards(shard: Tensor, like: Tensor) -> Tensor:
+    """Return the tensor of which each rank holds a shard, in the layout of another tensor.
+
+    Args:
+        shard: of this rank.
+        like: a ``DTensor``; any other means that the shard is whole.
+    """
+    if not isinstance(like, DTensor):
+        return shard
+    mesh = like.device_mesh
+    shards = DTensor.from_local(
+        shard.to(mesh.device_type),
+        mesh,
+        like.placements,
+        shape=like.shape,  # said, because it cannot be inferred from uneven shards
+        stride=like.stride(),
+    )
+    return shards.full_tensor()
+
+
+def shard_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return this rank's shard of a tensor that all ranks hold, in the layout of another one."""
+    if not isinstance(like, DTensor):
+        return tensor
+    tensor = tensor.to(like.device_mesh.device_type)
+    return distribute_tensor(tensor, like.device_mesh, like.placements).to_local()
 
 
 def whole_fits(trainer: pl.Trainer, module: nn.Module, *, num_vectors: int) -> bool:

@@ -39,10 +39,10 @@ class Turns(Cadence):
 
     def before_batch(self, trainer: pl.Trainer) -> bool:
         """Return whether to act now, in ``on_train_batch_start``; once for each due point."""
-        if self._every_n_steps is not None:  # a batch that stepped is counted before the next
-            now, period = trainer.fit_loop.epoch_loop._batches_that_stepped, self._every_n_steps
+        if self.every_n_steps is not None:  # a batch that stepped is counted before the next
+            now, period = trainer.fit_loop.epoch_loop._batches_that_stepped, self.every_n_steps
         else:
-            now, period = trainer.current_epoch, self._every_n_epochs or 1
+            now, period = trainer.current_epoch, self.every_n_epochs or 1
         due = now % period == 0 and now != self._last
         if due:
             self._last = now

@@ -1,0 +1,244 @@
+"""Stochastic weight averaging."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_optkit.bridge.averaging import AveragingCallback, RefreshNormStats, Stage
+from lightning_optkit.bridge.cadence import EVERY_EPOCH, Cadence
+from lightning_optkit.bridge.optimizer_steps import Rate, RateInStep
+from lightning_optkit.bridge.start import Start
+from lightning_optkit.methods.averaging import polynomial_share, uniform_share
+from lightning_optkit.methods.averaging_rates import annealed_share, cyclic_share
+
+__all__ = ["SWA"]
+
+
+class SWA(AveragingCallback):
+    r"""Averages the weights of the last part of a run, and evaluates and hands over the average.
+
+    **Intervener.** A run that was interrupted and resumed ends with the weights and the average of
+    one that was not. Without ``lr=``, training itself is bit-identical to a run without the
+    callback.
+
+    .. math:: \bar w \leftarrow \bar w + (w - \bar w) / (n + 1)
+
+    at the end of every epoch from ``start`` on, the last one included, with n models in the
+    average. The statistics of norm layers are taken anew from the training data with the average in
+    place, before it is used, by forward passes that nothing else notices.
+
+    Args:
+        start: a share of the run in [0, 1), a zero-based epoch (as ``trainer.current_epoch``), or
+            ``"120ep"`` or ``"5000st"``. The first model is taken at the end of the first epoch (or
+            step) that reaches it.
+        every_n_epochs: epochs between models; 1, or the length of a ``cycle``, unless
+            ``every_n_steps`` is given.
+        every_n_steps: optimizer steps between models, in place of ``every_n_epochs``.
+        lr: learning rate to go to from ``start`` on, one number or one for each parameter group of
+            all optimizers; ``None`` leaves the rate to the user's schedule.
+        anneal_epochs: epochs on the way to ``lr``, along half a cosine; 0 = at once.
+        cycle: epochs in which the rate falls from the schedule's to ``lr``, again and again; the
+            models are those at the ends of cycles.
+        refresh_norm_stats: take the statistics of norm layers anew. ``True`` goes over all training
+            data, a number over so many batches on each rank; ``"layerwise"`` makes one pass for
+            each layer, and gives what one batch of all the data would; ``False`` averages the
+            statistics of the models.
+        use_for: stages that run on the average. With ``"validate"`` among them, it is also what the
+            ``state_dict`` of checkpoints holds, and the module when ``fit`` ends.
+        average: ``"uniform"``, or ``"polynomial"``: later models weigh more.
+        eta: power with which they do, at least 0.
+        device: where the average lives, such as ``"cpu"``; ``None`` = where the weights do.
+        name: tells several averages of one Trainer apart.
+
+    Logged keys:
+        ``optkit-averaging/{num_averaged, distance}`` at each model, and ``learning_rate`` with
+        ``lr=``: see :data:`lightning_optkit.board.tags.AVERAGING_SCALARS`.
+        ``optkit-events/averaging`` at the first model, and at the end.
+
+    Cost:
+        One forward pass over the training data for each validation, checkpoint or end of training
+        whose average is new, where the module has norm layers with running statistics; else nearly
+        nothing. Memory for one copy of parameters and float buffers.
+
+    When it misleads:
+        The mean of weights is a good model only if they lie in one valley and still move: with a
+        rate that has fallen to zero by ``start`` all models are the same, hence ``lr=``. The loss
+        that training logs is not that of the average; the validation's is.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(max_epochs=40, callbacks=[SWA(start=0.75, lr=0.01)], logger=False)
+    """
+
+    def __init__(
+        self,
+        start: float | int | str = 0.75,
+        every_n_epochs: int | None = EVERY_EPOCH,
+        *,
+        every_n_steps: int | None = None,
+        lr: float | Sequence[float] | None = None,
+        anneal_epochs: float = 10,
+        cycle: int | None = None,
+        refresh_norm_stats: RefreshNormStats = True,
+        use_for: Sequence[Stage] = ("validate", "test", "predict"),
+        average: Literal["uniform", "polynomial"] = "uniform",
+        eta: float = 3.0,
+        device: torch.device | str | None = None,
+        name: str | None = None,
+    ) -> None:
+        if average not in ("uniform", "polynomial"):
+            raise ValueError(f"`average` must be 'uniform' or 'polynomial', got {average!r}.")
+        if not eta >= 0:
+            raise ValueError(f"`eta` must be at least 0, got {eta}.")
+        super().__init__(
+            share=uniform_share if average == "uniform" else partial(polynomial_share, eta=eta),
+            use_for=use_for,
+            refresh_norm_stats=refresh_norm_stats,
+            device=device,
+            name=name,
+            thorough=True,
+        )
+        self._start = Start(start)
+        self._every_n_steps, self._every_n_epochs = _periods(every_n_steps, every_n_epochs, cycle)
+        self._lr = _rates(lr)
+        self._cycle = cycle
+        if self._lr is None and cycle is not None:
+            raise ValueError(f"`lr` must be given with `cycle={cycle}`: the rate to fall to.")
+        if not anneal_epochs >= 0:
+            raise ValueError(f"`anneal_epochs` must be at least 0, got {anneal_epochs}.")
+        self._way = (
+            partial(annealed_share, anneal_epochs=anneal_epochs)
+            if cycle is None
+            else partial(cyclic_share, cycle=cycle)
+        )
+        self._rate_in_step = RateInStep(self._rate)
+
+    def _start_anew(self) -> None:
+        super()._start_anew()
+        self._began: float | None = None  # in epochs, with the part of the one it began in
+        self._epochs = 0.0  # since then, at the end of this batch
+        self._num_steps = 0  # since then
+        self._last_epoch: int | None = None  # whose end a model was taken at
+
+    def _plan(self, trainer: pl.Trainer) -> None:
+        self._start.resolve(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self._lr is not None:
+            num_groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
+            if len(self._lr) not in (1, sum(num_groups)):
+                raise MisconfigurationException(
+                    f"`lr` must be one number or one for each of the {sum(num_groups)} parameter "
+                    f"groups, got {len(self._lr)}."
+                )
+            self._first_group = [sum(num_groups[:i]) for i in range(len(num_groups))]
+            self._rate_in_step.attach(trainer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        may_begin = batch_idx == 0 or self._cycle is None  # cycles end where epochs do
+        if self._began is None and may_begin and self._start.is_reached(trainer):
+            part = _part_of_epoch(trainer, batch_idx, if_unknown=0.0)
+            self._began = trainer.current_epoch + part
+        if self._began is not None:
+            part = _part_of_epoch(trainer, batch_idx + 1, if_unknown=1.0)
+            self._epochs = trainer.current_epoch + part - self._began
+
+    def _rate(self, optimizer: int, group: int, scheduled: Rate) -> Rate:
+        if self._began is None or self._lr is None:
+            return scheduled
+        i = self._first_group[optimizer] + group
+        lr = self._lr[i if len(self._lr) > 1 else 0]
+        share = self._way(self._epochs)
+        return (1 - share) * scheduled + share * lr  # without rounding at both ends
+
+    def _due_after_step(self, trainer: pl.Trainer) -> bool:
+        if self._began is None or self._every_n_steps is None:
+            return False
+        self._num_steps += 1
+        return (self._num_steps - 1) % self._every_n_steps == 0
+
+    def _due_after_epoch(self, trainer: pl.Trainer) -> bool:
+        if self._began is None or self._every_n_epochs is None:
+            return False
+        epoch = trainer.current_epoch
+        first = int(self._began) + (self._cycle or 1) - 1
+        due = epoch >= first and (epoch - first) % self._every_n_epochs == 0
+        due = due and epoch != self._last_epoch
+        if due:
+            self._last_epoch = epoch
+        return due
+
+    def _is_logged(self, trainer: pl.Trainer) -> bool:
+        return True
+
+    def _scalars(self, trainer: pl.Trainer) -> dict[str, float]:
+        rates = [rate for group in self._rate_in_step.effective for rate in group]
+        return super()._scalars(trainer) | ({"learning_rate": rates[0]} if rates else {})
+
+    def _span_of(self, first: tuple[int, int], last: tuple[int, int]) -> str:
+        if self._every_n_steps is not None:
+            return f"steps {first[1] + 1:,}–{last[1] + 1:,}"
+        return f"epochs {first[0]}–{last[0]}"
+
+    def _leave_optimizers(self) -> None:
+        super()._leave_optimizers()
+        self._rate_in_step.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {
+            "began": self._began,
+            "num_steps": self._num_steps,
+            "last_epoch": self._last_epoch,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._began = state_dict["began"]
+        self._num_steps = state_dict["num_steps"]
+        self._last_epoch = state_dict["last_epoch"]
+
+
+def _part_of_epoch(trainer: pl.Trainer, num_batches: int, *, if_unknown: float) -> float:
+    """Return which part of an epoch so many batches are."""
+    length = trainer.num_training_batches
+    return num_batches / length if math.isfinite(length) else if_unknown
+
+
+def _periods(
+    every_n_steps: int | None, every_n_epochs: int | None, cycle: int | None
+) -> tuple[int | None, int | None]:
+    """Return steps and epochs between models, one of them ``None``."""
+    cadence = Cadence(every_n_steps=every_n_steps, every_n_epochs=every_n_epochs)
+    if cycle is None:
+        return cadence.every_n_steps, cadence.every_n_epochs
+    if not isinstance(cycle, int) or cycle < 1:
+        raise ValueError(f"`cycle` must be an integer of at least 1, in epochs, got {cycle!r}.")
+    if every_n_epochs is EVERY_EPOCH:
+        every_n_epochs = cycle
+    if every_n_steps is not None or every_n_epochs is None or every_n_epochs % cycle:
+        raise ValueError(
+            f"`every_n_epochs` must be a multiple of `cycle={cycle}`, so that models are taken at "
+            f"the ends of cycles, got every_n_epochs={every_n_epochs} and "
+            f"every_n_steps={every_n_steps}. Leave both out."
+        )
+    return None, every_n_epochs
+
+
+def _rates(lr: float | Sequence[float] | None) -> list[float] | None:
+    if lr is None:
+        return None
+    rates = list(lr) if isinstance(lr, Sequence) else [lr]
+    if not rates or not all(isinstance(rate, (int, float)) and rate >= 0 for rate in rates):
+        raise ValueError(f"`lr` must be a number of at least 0, or one for each group, got {lr!r}.")
+    return [float(rate) for rate in rates]
