@@ -1,5 +1,6 @@
 """Every example runs, as a reader would run it."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,10 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
-FASTER = {"minimum_ratio": ["--nets", "20"]}  # what a study leaves out to be an example
+FASTER = {  # what a study leaves out to be an example
+    "minimum_ratio": ["--nets", "20"],
+    "swa_vs_sgd": ["--seeds", "2", "--epochs", "2"],
+}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -45,3 +49,31 @@ def test_critical_points_at_low_losses_have_more_positive_eigenvalues(tmp_path):
         assert correlation < -0.6
         assert low > high + 0.1
     assert (tmp_path / "minimum_ratio.png").stat().st_size > 10_000
+
+
+def test_swa_needs_its_statistics_pass_and_beats_sgd_on_wrong_labels(tmp_path):
+    path = next(path for path in EXAMPLES if path.stem == "swa_vs_sgd")
+    options = ["--seeds", "3", "--epochs", "12", "--out", str(tmp_path)]
+    text = subprocess.run(
+        [sys.executable, str(path), *options], capture_output=True, text=True, check=True
+    ).stdout
+    rows = text.split("test error in %")[1].split("Change")[0].strip().splitlines()
+    error, loss = {}, {}
+    for row in rows:
+        name, _, loss_and_spread, error_and_spread = re.split(r"\s{2,}", row.strip())
+        loss[name] = float(loss_and_spread.split(" ± ")[0])
+        error[name] = float(error_and_spread.split(" ± ")[0])
+    averaged = error["SWA, statistics pass"]
+    assert averaged < error["SWA, averaged statistics"] - 0.5
+    assert averaged < error["SWA, statistics of the last model"] - 5
+    assert averaged < error["SGD, rate falls to 0"] - 1
+    assert averaged < error["SGD, rate stays up, statistics pass"] - 3
+    assert error["SGD, rate stays up, statistics pass"] < error["SGD, rate stays up"] - 3
+    assert loss["SWA, statistics pass"] < min(
+        value for name, value in loss.items() if name != "SWA, statistics pass"
+    )
+    changes = re.findall(r"^([+-][\d.]+) ±", text, flags=re.MULTILINE)
+    before = "SWA, averaged statistics", "SGD, rate falls to 0"
+    for change, name in zip(changes, before, strict=True):
+        assert abs(float(change) - (averaged - error[name])) < 0.16  # three roundings to 0.1
+    assert (tmp_path / "swa_vs_sgd.png").stat().st_size > 10_000
