@@ -64,7 +64,9 @@ def _cloned(state_dict: dict[str, Any]) -> dict[str, Any]:
     for name, value in state_dict.items():
         if isinstance(value, Tensor):
             key = (id(value),) if type(value) is not Tensor else _place(value)
-            state_dict[name] = copies.setdefault(key, value.detach().clone())
+            if key not in copies:
+                copies[key] = value.detach().clone()
+            state_dict[name] = copies[key]
     return state_dict
 
 
@@ -95,7 +97,7 @@ def load_averaged(path: str | Path, *, name: str | None = None) -> dict[str, Any
         path: of a checkpoint, a file or a folder, that was written with ``SWA`` or ``EMA`` in the
             Trainer.
         name: of the callback, where there are several; ``None`` takes the only one or, of several,
-            the one that validation ran on.
+            the one that validation ran on, else the one without a name.
 
     Raises:
         ValueError: if there is no such average in the file, it is no checkpoint, or holds code.
@@ -155,13 +157,14 @@ def without_average(path: str | Path, to: str | Path) -> None:
 def _load(path: str | Path) -> dict[str, Any]:
     try:
         if Path(path).is_dir():
-            return load_folder(Path(path))
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = load_folder(Path(path))
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"`path` must hold data alone, and {str(path)!r} holds objects that could run code, "
             "such as hyperparameters of a class of your own. If you trust it, allow them with "
-            f"`torch.serialization.add_safe_globals([...])`. {error}"
+            f"`torch.serialization.add_safe_globals([...])`. {str(error).splitlines()[0]}"
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(
@@ -192,7 +195,8 @@ def _average_called(
         found = {key: state for key, state in found.items() if f"[{AVERAGING}-{name}]" in key}
     elif len(found) > 1:
         used = {k: state for k, state in found.items() if state["state_dict_is"] == "average"}
-        found = used or found
+        unnamed = {key: state for key, state in found.items() if f"[{AVERAGING}]" in key}
+        found = used or unnamed or found
     if not found:
         raise ValueError(_no_average(path))
     if len(found) > 1:

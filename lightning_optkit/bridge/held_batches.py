@@ -18,7 +18,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_optkit.bridge.probe import Probe
 from lightning_optkit.bridge.snapshot import Snapshot
-from lightning_optkit.bridge.training_data import MAX_ITEMS, Surroundings, read_again
+from lightning_optkit.bridge.training_data import (
+    MAX_ITEMS,
+    Surroundings,
+    read_again,
+    require_rereadable,
+)
 
 __all__ = ["HeldBatch", "draw_batches", "stream_batches"]
 
@@ -103,13 +108,15 @@ def stream_batches(
         (``contextlib.closing``): workers end, samplers and datasets are put back.
 
     Raises:
-        MisconfigurationException: if there is no loader; and, once read, if it is empty or can only
-            be read once.
+        MisconfigurationException: if there is no loader, or one is an iterator; and, once read, if
+            it is empty or cannot be copied.
     """
+    loaders = _training_loaders(trainer)
+    require_rereadable(loaders)
     return _stream(
         trainer,
         pl_module,
-        _training_loaders(trainer),
+        loaders,
         _limit(trainer, num_batches),
         seed=seed,
         with_workers=True,

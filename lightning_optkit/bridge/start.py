@@ -28,6 +28,7 @@ class Start:
         self._share: float | None = None
         self._epoch: int | None = None
         self._step: int | None = None
+        self._at_once = False
         match when:
             case bool():
                 raise TypeError(_message(when))
@@ -53,6 +54,9 @@ class Start:
             MisconfigurationException: if the run is over by then, or a share is asked of a run
                 without an end.
         """
+        self._at_once = bool(getattr(trainer, "fast_dev_run", False))  # a trial of all that comes late in a run
+        if self._at_once:
+            return
         epochs, steps = _known(trainer.max_epochs), _known(trainer.max_steps)
         if self._share is not None:
             if epochs is None and steps is None:
@@ -72,6 +76,8 @@ class Start:
 
     def is_reached(self, trainer: pl.Trainer) -> bool:
         """Return whether the epoch and step that run now are at it or beyond, before a batch."""
+        if self._at_once:
+            return True
         epoch, step = trainer.current_epoch, trainer.global_step
         by_epoch = self._epoch is not None and epoch >= self._epoch
         return by_epoch or (self._step is not None and step >= self._step)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_optkit.bridge.probe import seed_global_generators
 from lightning_optkit.bridge.snapshot import Snapshot
 
-__all__ = ["MAX_ITEMS", "Surroundings", "read_again"]
+__all__ = ["MAX_ITEMS", "Surroundings", "read_again", "require_rereadable"]
 
 MAX_ITEMS = 10_000
 """Datasets and datamodules are put back after reading, but for tensors and containers of more items
@@ -147,7 +147,7 @@ class _Pass:
         if not isinstance(self._loader, DataLoader):
             return _copied(self._loader)
         if not isinstance(self._loader.dataset, IterableDataset):
-            _require_rereadable(self._loader)
+            _require_rereadable_samplers(self._loader)
         for owner in self.owners:
             _seed_generators(owner, self._seed)
         for sampler in _samplers(self._loader):
@@ -205,7 +205,18 @@ def _seed_generators(owner: object, seed: int) -> None:
             generator.bit_generator.state = kind(seed % 2**32).state
 
 
-def _require_rereadable(loader: DataLoader[Any]) -> None:
+def require_rereadable(loaders: CombinedLoader) -> None:
+    """Refuse data that is used up by the time an epoch ends, although it can be copied before.
+
+    Raises:
+        MisconfigurationException: for an iterator among the loaders.
+    """
+    for loader in loaders.flattened:
+        if isinstance(loader, Iterator):
+            raise _read_once(loader, "is an iterator")
+
+
+def _require_rereadable_samplers(loader: DataLoader[Any]) -> None:
     for sampler in _samplers(loader):
         if isinstance(sampler, Iterator):
             raise _read_once(sampler, "is an iterator")
@@ -230,9 +241,7 @@ def _read_once(source: object, why: str) -> MisconfigurationException:
 
 
 def _stop(batches: Iterator[Any]) -> None:
-    """Close files and end workers now, not when nobody refers to them any more."""
-    if isinstance(batches, Generator):
-        batches.close()
+    """End workers now, not when nobody refers to them any more: a traceback may."""
     shut_down = getattr(batches, "_shutdown_workers", None)
     if shut_down is not None:
         shut_down()

@@ -116,15 +116,16 @@ class EMA(AveragingCallback):
             ("start_step", self._start_step, trainer.max_steps),
             ("start_epoch", self._start_epoch, trainer.max_epochs),
         ):
-            if end is not None and 0 <= end <= start:
+            if not _is_trial(trainer) and end is not None and 0 <= end <= start:
                 raise MisconfigurationException(
                     f"`{name}` must lie before the end of training, at {end}, got {start}. Let the "
                     "average begin earlier."
                 )
 
     def _due_after_step(self, trainer: pl.Trainer) -> bool:
-        is_early = trainer.global_step <= self._start_step
-        if is_early or trainer.current_epoch < self._start_epoch:
+        by_step = trainer.global_step <= self._start_step
+        is_early = by_step or trainer.current_epoch < self._start_epoch
+        if is_early and not _is_trial(trainer):
             return False
         self._num_steps += 1
         return (self._num_steps - 1) % self._every_n_steps == 0
@@ -141,6 +142,11 @@ class EMA(AveragingCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._num_steps = state_dict["num_steps"]
+
+
+def _is_trial(trainer: pl.Trainer) -> bool:
+    """Return whether one batch is run to try all that comes late in a run."""
+    return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def _decay(decay: float, half_life: float | None, every_n_steps: int) -> float:

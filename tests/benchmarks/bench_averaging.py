@@ -106,9 +106,7 @@ class Measurement(pl.Callback):
         memory = [size, peak_memory(lambda: _first_update(pl_module)), _bytes_of(self._peer)]
         for label, times, held in zip(calls, seconds, memory, strict=True):
             ratios = [t / bare for t, bare in zip(times, seconds[0], strict=True)]
-            self.costs.append(
-                Cost(label, quartiles(times)[1], quartiles(ratios), held / size)
-            )
+            self.costs.append(Cost(label, quartiles(times)[1], quartiles(ratios), held / size))
         (steps,) = interleaved([lambda: _step(trainer, pl_module)], min_rounds=5, seconds=2.0)
         self.step_seconds = quartiles(steps)[1]
 

@@ -151,6 +151,20 @@ def test_what_shares_memory_is_in_the_file_once(tmp_path):
     assert held["first.bias"].data_ptr() != held["second.bias"].data_ptr()
 
 
+class Partial(Shared):
+    """Keeps a part of itself out of its checkpoints."""
+
+    def on_save_checkpoint(self, checkpoint):
+        del checkpoint["state_dict"]["head.bias"]
+
+
+@pytest.mark.parametrize("use_for", [("validate",), ()])
+def test_what_a_module_leaves_out_of_its_checkpoints_stays_out(tmp_path, use_for):
+    path, had = train(tmp_path, EMA(decay=0.9, use_for=use_for), module=Partial())
+    for found, truth in [(load_averaged(path), had.averaged[0]), (load_raw(path), had.raw)]:
+        assert_same(found, {name: v for name, v in truth.items() if name != "head.bias"})
+
+
 def test_a_path_may_be_a_string(tmp_path):
     path, had = train(tmp_path, EMA())
     assert_same(load_averaged(str(path)), had.averaged[0])
@@ -202,6 +216,13 @@ def test_of_two_averages_that_nothing_ran_on_one_must_be_named(tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)):
         load_averaged(path)
     assert_same(load_averaged(path, name="fast"), had.averaged[0])
+    assert_same(load_averaged(path, name="slow"), had.averaged[1])
+
+
+def test_of_two_averages_that_nothing_ran_on_the_one_without_a_name_needs_none(tmp_path):
+    averages = EMA(decay=0.5, use_for=()), EMA(decay=0.9, name="slow", use_for=())
+    path, had = train(tmp_path, *averages)
+    assert_same(load_averaged(path), had.averaged[0])
     assert_same(load_averaged(path, name="slow"), had.averaged[1])
 
 

@@ -67,7 +67,7 @@ def test_a_share_of_epochs(share, epochs, first):
 def test_a_share_that_is_a_whole_number_of_epochs_is_that_one(epochs, data):
     first = data.draw(st.integers(0, epochs - 1))
     start = Start(first / epochs)
-    start.resolve(SimpleNamespace(max_epochs=epochs, max_steps=-1))
+    start.resolve(SimpleNamespace(fast_dev_run=False, max_epochs=epochs, max_steps=-1))
     assert first_epoch(start) == first
 
 
@@ -75,7 +75,7 @@ def test_a_share_that_is_a_whole_number_of_epochs_is_that_one(epochs, data):
 @given(st.floats(0, 1, exclude_max=True).filter(lambda x: x < 1 - 1e-6), st.integers(1, 1000))
 def test_a_share_lies_in_the_epoch_in_which_it_is_reached(share, epochs):
     start = Start(share)
-    start.resolve(SimpleNamespace(max_epochs=epochs, max_steps=-1))
+    start.resolve(SimpleNamespace(fast_dev_run=False, max_epochs=epochs, max_steps=-1))
     first = first_epoch(start)
     assert 0 <= first < epochs
     assert first <= share * epochs + 1e-8
@@ -180,3 +180,12 @@ def test_values_out_of_range_are_refused(when):
 def test_other_types_are_refused(when):
     with pytest.raises(TypeError, match=re.escape(RULE.format(when))):
         Start(when)
+
+
+@pytest.mark.parametrize("when", [0.75, 30, "120ep", "5000st"])
+def test_a_trial_run_of_one_batch_begins_at_once_and_a_real_one_after_it_when_it_should(when):
+    start = Start(when)
+    start.resolve(pl.Trainer(accelerator="cpu", fast_dev_run=True, enable_progress_bar=False))
+    assert start.is_reached(at())
+    start.resolve(trainer(200, 10_000))
+    assert not start.is_reached(at())

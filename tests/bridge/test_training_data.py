@@ -249,6 +249,7 @@ SHUFFLED = {
     ),
     "subset": lambda **k: DataLoader(Numbers(), 4, sampler=SubsetRandomSampler(range(24)), **k),
     "Python's": lambda **k: DataLoader(Numbers(), 4, sampler=ByPython(), **k),
+    "unbatched": lambda **k: DataLoader(Numbers(), batch_size=None, sampler=ByPython(), **k),
     "NumPy's": lambda **k: DataLoader(Numbers(), 4, sampler=ByNumPy(), **k),
     "NumPy's old": lambda **k: DataLoader(Numbers(), 4, sampler=ByOldNumPy(), **k),
     "by epoch": lambda **k: ResumableLoader(DataLoader(Numbers(), 4, **k)),
@@ -496,7 +497,7 @@ def test_workers_are_started_as_the_loader_starts_them(method):
     loader = DataLoader(
         torch.arange(24.0), batch_size=None, num_workers=1, persistent_workers=True,
         multiprocessing_context=method, collate_fn=torch.rand_like, prefetch_factor=1, timeout=200,
-        worker_init_fn=(lambda worker: torch.manual_seed(worker)) if method == "fork" else None,
+        worker_init_fn=torch.manual_seed if method == "fork" else None,
     )  # fmt: skip
     during_training(loader, act, limit_train_batches=4)
 
@@ -594,11 +595,15 @@ def test_nothing_is_copied_but_iterable_data_in_this_process():
     class HeavyStream(Counted):
         __deepcopy__ = Heavy.__deepcopy__
 
+    class HeavyList(list):
+        __deepcopy__ = Heavy.__deepcopy__
+
     streamer = Streamer((0, 3))
+    fit(HeavyList(floats(*range(5))), streamer, max_epochs=1)
     fit(DataLoader(Heavy(), 4), streamer, max_epochs=1)
     fit(Doubling(Heavy(), 4), streamer, max_epochs=1)
     fit(DataLoader(HeavyStream(), 4, num_workers=1), streamer, max_epochs=1)
-    assert [len(stream) for stream in streamer.streams] == [6, 6, 4]
+    assert [len(stream) for stream in streamer.streams] == [5, 6, 6, 4]
     with pytest.raises(MisconfigurationException, match="readable twice, got HeavyStream"):
         fit(DataLoader(HeavyStream(), 4), streamer, max_epochs=1)
 
@@ -789,6 +794,23 @@ def test_workers_start_from_the_seed_each_their_own():
     assert_same(first, second)
     noise = torch.cat(first) - torch.arange(24.0)[:, None]
     assert noise.unique().numel() > 20  # workers with one seed would repeat each other's
+
+
+def test_a_draw_starts_no_worker():
+    class Drawer(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            fetched.clear()
+            draw_batches(trainer, pl_module, num_batches=2)
+            self.fetched = list(fetched)  # here, not in a worker
+
+    class Noted(Numbers):
+        def __getitem__(self, i):
+            fetched.append(i)
+            return super().__getitem__(i)
+
+    fetched, drawer = [], Drawer()
+    fit(DataLoader(Noted(), 4, num_workers=1), drawer, max_steps=1)
+    assert drawer.fetched == list(range(8))
 
 
 def test_a_draw_takes_a_combination_as_its_data():

@@ -144,11 +144,18 @@ def test_a_stage_before_training_runs_on_the_module_as_it_is(kind, stage):
     assert differs(before, run_stage(stage, trainer, module))
 
 
-def test_another_module_is_left_alone():
-    trainer = fit(Net(), EMA(use_for=("test",)))
+def test_another_module_is_left_alone_and_so_is_the_trained_one():
+    class During(pl.Callback):
+        def on_test_batch_start(self, *_):
+            self.found = weights_of(trained)
+
+    trained, snapshots, during = Net(), Snapshots(), During()
+    trainer = fit(trained, EMA(use_for=("test",)), snapshots, during)
     other = initialised(Net(), seed=9)
     before = weights_of(other)
     assert_same(before, run_stage("test", trainer, other))
+    assert_same(before, weights_of(other))
+    assert_same(snapshots.at_end, during.found)
 
 
 @both

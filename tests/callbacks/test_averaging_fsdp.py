@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint.format_utils import torch_save_to_dcp
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import mse_loss
@@ -393,6 +394,11 @@ def test_a_validation_from_a_checkpoint_sees_its_average(ranks, folder, kind):
 def test_a_folder_that_is_no_checkpoint_or_runs_code_is_refused(ranks, folder, tmp_path):
     with pytest.raises(ValueError, match=r"got the folder '.*' without `meta.pt`"):
         load_raw(tmp_path)
+    torch.save({"model": {"weight": torch.zeros(2)}}, tmp_path / "file")
+    torch_save_to_dcp(tmp_path / "file", tmp_path / "another")
+    torch.save({}, tmp_path / "another" / "meta.pt")
+    with pytest.raises(ValueError, match="which has no `state_dict` in it"):
+        load_raw(tmp_path / "another")
     found = folder / "folders" / "step=8.ckpt"
     with pytest.raises(ValueError, match="`path` must be a file, got the folder"):
         without_average(found, tmp_path / "to.ckpt")

@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lightning_optkit import EMA
+from lightning_optkit import EMA, SWA
 from tests.callbacks.averaging_modules import (
     BATCHES,
     AdversarialNet,
@@ -597,3 +597,10 @@ def test_a_layer_that_is_replaced_during_the_average_is_refused():
         ValueError, match=r"must stay the same while .* got changes in net.1.weight"
     ):
         fit(Net(), EMA(), Replaces())
+
+
+@pytest.mark.filterwarnings("ignore:.*fast_dev_run")
+def test_a_trial_run_of_one_batch_averages_whatever_the_start(tmp_path):
+    for callback in (EMA(start_step=500), EMA(start_epoch=50), SWA(start=30), SWA(start="99st")):
+        fit(Net(), callback, fast_dev_run=True)
+        assert callback.num_averaged == 1

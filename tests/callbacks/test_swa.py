@@ -940,3 +940,12 @@ def test_an_error_in_training_leaves_the_weights_of_training():
     assert_close(weights_of(module), snapshots.by_step[-1], atol=0)
     with swa.averaged(module):
         assert_close(weights_of(module), mean_of(snapshots.by_epoch), atol=1e-6)
+
+
+def test_data_that_one_epoch_uses_up_is_refused_before_training():
+    x, y = samples()
+    batches = zip(x.split(4), y.split(4), strict=True)  # can be copied, but only before it is read
+    with pytest.raises(
+        MisconfigurationException, match="readable twice, got zip, which is an iter"
+    ):
+        fit(Net(), SWA(0.5), loader=batches, val=False, epochs=1)
