@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,9 @@ def load_averaged(path: str | Path, *, name: str | None = None) -> dict[str, Any
     Args:
         path: of a checkpoint, a file or a folder, that was written with ``SWA`` or ``EMA`` in the
             Trainer.
-        name: of the callback, where there are several; ``None`` takes the only one or, of several,
-            the one that validation ran on, else the one without a name.
+        name: of the callback, where there are several, ``""`` for the one without a name; ``None``
+            takes the only one or, of several, the one that validation ran on, else the one without
+            a name.
 
     Raises:
         ValueError: if there is no such average in the file, it is no checkpoint, or holds code.
@@ -161,10 +163,11 @@ def _load(path: str | Path) -> dict[str, Any]:
         else:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
             f"`path` must hold data alone, and {str(path)!r} holds objects that could run code, "
             "such as hyperparameters of a class of your own. If you trust it, allow them with "
-            f"`torch.serialization.add_safe_globals([...])`. {str(error).splitlines()[0]}"
+            f"`torch.serialization.add_safe_globals([{found[1] if found else '...'}])`."
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(
@@ -192,7 +195,8 @@ def _average_called(
         if state["weights"].get("num_averaged")
     }
     if name is not None:
-        found = {key: state for key, state in found.items() if f"[{AVERAGING}-{name}]" in key}
+        topic = f"{AVERAGING}-{name}" if name else AVERAGING
+        found = {key: state for key, state in found.items() if f"[{topic}]" in key}
     elif len(found) > 1:
         used = {k: state for k, state in found.items() if state["state_dict_is"] == "average"}
         unnamed = {key: state for key, state in found.items() if f"[{AVERAGING}]" in key}

@@ -86,9 +86,9 @@ class AveragedWeights:
             self._exchange.exchange(self._live.local(), self._aside)
 
     @contextmanager
-    def in_module(self) -> Iterator[None]:
-        """Have the average in the module for the block."""
-        if self.is_in_module:
+    def in_module(self, *, average: bool = True) -> Iterator[None]:
+        """Have the average, or else the weights of training, in the module for the block."""
+        if self.is_in_module == average:
             yield
             return
         self.swap()

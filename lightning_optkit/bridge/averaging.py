@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_optkit.board import tags
@@ -28,7 +29,7 @@ from lightning_optkit.bridge.sharding import resharded_after
 from lightning_optkit.bridge.statistics_pass import StatisticsPass, statistics_names
 from lightning_optkit.methods.averaging import RunningAverage, Share
 
-__all__ = ["AveragingCallback", "RefreshNormStats", "Stage"]
+__all__ = ["AveragingCallback", "RefreshNormStats", "Stage", "span"]
 
 Stage = Literal["validate", "test", "predict"]
 RefreshNormStats = bool | int | Literal["layerwise"]
@@ -64,13 +65,16 @@ class AveragingCallback(pl.Callback, ABC):
         name: str | None,
         thorough: bool,
     ) -> None:
-        if isinstance(use_for, str) or not set(use_for) <= set(_STAGES):
+        is_sequence = isinstance(use_for, Sequence) and not isinstance(use_for, str)
+        if not is_sequence or not set(use_for) <= set(_STAGES):
             raise ValueError(
                 f"`use_for` must be a tuple of {', '.join(map(repr, _STAGES))}, got {use_for!r}. "
                 "Write `use_for=('validate', 'test')`, or `()` to only keep the average."
             )
         if name is not None and not re.fullmatch(r"[a-z0-9_]+", name):
-            raise ValueError(f"`name` must be snake_case, such as 'slow', got {name!r}.")
+            raise ValueError(
+                f"`name` must be snake_case, such as 'slow', got {name!r}. It becomes part of tags."
+            )
         self.topic = tags.AVERAGING if name is None else f"{tags.AVERAGING}-{name}"
         self._event = tags.AVERAGING_EVENT if name is None else f"{tags.AVERAGING_EVENT}_{name}"
         self.use_for = frozenset(use_for)
@@ -79,6 +83,7 @@ class AveragingCallback(pl.Callback, ABC):
         self._pass = _statistics_pass(refresh_norm_stats)
         self._thorough = thorough
         self._watch = StepWatch()
+        self._agreement = _Agreement(None)
         self._state_dict_of_average: StateDictOfAverage | None = None
         self._start_anew()
 
@@ -88,6 +93,7 @@ class AveragingCallback(pl.Callback, ABC):
         self._weights: AveragedWeights | None = None
         self._is_lent = False  # in the module for a stage that runs now
         self._is_interrupted = False  # by an exception: nothing is run any more
+        self._is_in_file = False  # in the checkpoint that is loaded
         self._rehearses = False  # before the next batch
         self._statistics_are_of = 0  # models in the average when the statistics were taken
         self._num_samples = 0  # in that pass
@@ -104,8 +110,8 @@ class AveragingCallback(pl.Callback, ABC):
     def _due_after_step(self, trainer: pl.Trainer) -> bool:
         """Return whether the model enters now, after an optimizer step; asked once a step."""
 
-    def _due_after_epoch(self, trainer: pl.Trainer) -> bool:
-        """Return whether the model enters now, after the last batch of an epoch."""
+    def _due_after_epoch(self, epoch: int) -> bool:
+        """Return whether the model enters now, after the last batch of this epoch; asked once."""
         return False
 
     @abstractmethod
@@ -133,18 +139,40 @@ class AveragingCallback(pl.Callback, ABC):
         Raises:
             ValueError: if nothing was averaged yet, or for another module.
         """
+        weights = self._weights_of(pl_module)
+        trainer = self._agreement.trainer
+        if trainer is not None and trainer.world_size == 1:  # others may not be asked for theirs
+            self._refresh(trainer, pl_module)
+        if not weights.is_in_module:
+            self._warn_of_statistics()
+        with weights.in_module():
+            yield
+
+    @contextmanager
+    def raw(self, pl_module: pl.LightningModule) -> Iterator[None]:
+        """Have the weights of training in the module for the block, and what was there after it.
+
+        Args:
+            pl_module: the module of the last ``fit``.
+
+        Raises:
+            ValueError: if nothing was averaged yet, or for another module.
+        """
+        with self._weights_of(pl_module).in_module(average=False):
+            yield
+
+    def _weights_of(self, pl_module: pl.LightningModule) -> AveragedWeights:
         if self._weights is None or self.num_averaged == 0:
             raise ValueError(
                 f"`{type(self).__name__}` must have averaged a model before its average is used, "
                 "got none. Train until the average begins; `num_averaged` says how many there are."
             )
-        if self._weights.module is not pl_module:
+        if self._weights.module is not getattr(pl_module, "_orig_mod", pl_module):  # compiled
             raise ValueError(
                 "`pl_module` must be the module that was trained, got another one. Load the "
                 "average into it from a checkpoint, by `load_averaged(path)`."
             )
-        with self._weights.in_module():
-            yield
+        return self._weights
 
     @property
     def summary(self) -> str:
@@ -155,13 +183,22 @@ class AveragingCallback(pl.Callback, ABC):
         line = f"{type(self).__name__}: average of {models}, {self._span_of(*self._span)}"
         if self._num_left_out:
             line += f", {self._num_left_out:,} left out that were not finite"
-        if self._num_samples:
-            line += f"; normalization statistics from {self._num_samples:,} samples"
+        if statistics := self._origin_of_statistics():
+            line += f"; normalization statistics {statistics}"
         return line
+
+    def _origin_of_statistics(self) -> str:
+        """Return where the statistics of norm layers are from, if they are taken anew."""
+        if self._weights is None or not self._refreshes(self._weights.module):
+            return ""
+        if self._statistics_are_of == self.num_averaged:
+            return f"from {self._num_samples:,} samples"
+        return "of an earlier average" if self._statistics_are_of else "of the last model"
 
     # -- training ------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._is_in_file = False
         if stage == "fit":  # before a checkpoint is restored
             self._leave()
             self._start_anew()
@@ -180,10 +217,11 @@ class AveragingCallback(pl.Callback, ABC):
         self._rehearses = self._refreshes(pl_module)
         if self._rehearses:
             require_batch_step(pl_module)
-        self._take_if_due(trainer, after_batch=False)  # stepped, and interrupted before this knew
+        self._make_up_for_interruption(trainer)
 
     def _new_weights(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> AveragedWeights:
-        average = RunningAverage(self._share, device=self._device, agreed=_agreed(trainer))
+        self._agreement.trainer = trainer
+        average = RunningAverage(self._share, device=self._device, agreed=self._agreement)
         apart = statistics_names(pl_module) if self._refreshes(pl_module) else []
         return AveragedWeights(pl_module, average, apart=apart)
 
@@ -205,11 +243,11 @@ class AveragingCallback(pl.Callback, ABC):
         batch_idx: int,
     ) -> None:
         self._take_if_due(trainer, after_batch=True)
-        if trainer.is_last_batch and self._due_after_epoch(trainer):  # before it is validated
-            self._take(trainer, logger_step(trainer, after_batch=True))
+        if trainer.is_last_batch and self._due_after_epoch(trainer.current_epoch):
+            self._take(trainer, logger_step(trainer, after_batch=True))  # before it is validated
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._due_after_epoch(trainer):  # of an epoch that was cut short
+        if self._due_after_epoch(trainer.current_epoch):  # which was cut short
             self._take(trainer, logger_step(trainer, after_batch=False))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -227,6 +265,7 @@ class AveragingCallback(pl.Callback, ABC):
             )
         elif "validate" in self.use_for and self._weights is not None and self._is_usable():
             if not self._weights.is_in_module:
+                self._warn_of_statistics()
                 self._weights.swap()
             rank_zero_info(f"{self.summary}. The module holds the average.")
         else:
@@ -239,11 +278,10 @@ class AveragingCallback(pl.Callback, ABC):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Put the weights of training back."""
-        if self._is_lent and self._weights is not None:
+        if self._is_lent:
             with resharded_after(pl_module):  # a rank that failed alone cannot gather
                 pass
-            self._weights.swap()
-            self._is_lent = False
+            self._take_back()
         self._is_interrupted = True
         self._leave_optimizers()  # what writes a checkpoint now still collects the average
 
@@ -252,9 +290,20 @@ class AveragingCallback(pl.Callback, ABC):
         if self._state_dict_of_average is not None:
             self._state_dict_of_average.remove()
             self._state_dict_of_average = None
+        self._agreement.trainer = None
 
     def _leave_optimizers(self) -> None:
         self._watch.detach()
+
+    def _make_up_for_interruption(self, trainer: pl.Trainer) -> None:
+        """Take what was due when another callback's hook failed, before this one's was called."""
+        self._take_if_due(trainer, after_batch=False)
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current
+        if trainer.is_last_batch and batches.completed < batches.ready:
+            epochs = trainer.fit_loop.epoch_progress.current
+            is_counted = epochs.completed == epochs.ready
+            if self._due_after_epoch(trainer.current_epoch - is_counted):
+                self._take(trainer, logger_step(trainer, after_batch=False))
 
     def _take_if_due(self, trainer: pl.Trainer, *, after_batch: bool) -> None:
         if self._watch.stepped() and self._due_after_step(trainer):
@@ -291,15 +340,22 @@ class AveragingCallback(pl.Callback, ABC):
 
     # -- norm layers ---------------------------------------------------------------------------
 
-    def _refreshes(self, pl_module: pl.LightningModule) -> bool:
-        return self._pass is not None and bool(statistics_names(pl_module))
+    def _refreshes(self, module: nn.Module) -> bool:
+        return self._pass is not None and bool(statistics_names(module))
 
     def _refresh(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the statistics of the average, unless they are its already."""
         if self._pass is None or self._weights is None or not self._refreshes(pl_module):
             return
-        if self._statistics_are_of == self.num_averaged or not self._is_usable():
+        if self._statistics_are_of == self.num_averaged or self._weights.is_in_module:
             return
+        if self._is_interrupted or not self._is_usable():
+            return
+        if self._statistics_are_of == 0:  # a first, perhaps long, silence
+            rank_zero_info(
+                f"{type(self).__name__}: going over the training data for the statistics of norm "
+                "layers; again for each use of a new average."
+            )
         try:
             with self._weights.in_module():
                 statistics = self._pass.statistics(trainer, pl_module)
@@ -308,12 +364,23 @@ class AveragingCallback(pl.Callback, ABC):
                 raise
             rank_zero_warn(
                 f"`{type(self).__name__}` could not take the statistics of norm layers for its "
-                f"average; training goes on. {type(error).__name__}: {error}"
+                f"average, which keeps those {self._origin_of_statistics()}; training goes on. "
+                f"{type(error).__name__}: {error}"
             )
             return
         self._weights.statistics = statistics
         self._statistics_are_of = self.num_averaged
         self._num_samples = self._pass.num_samples
+
+    def _warn_of_statistics(self) -> None:
+        """Say so where the average is about to be used with statistics that are not its own."""
+        statistics = self._origin_of_statistics()
+        if statistics and self._statistics_are_of != self.num_averaged:
+            rank_zero_warn(
+                f"The average of `{type(self).__name__}` is used with normalization statistics "
+                f"{statistics}, because training was interrupted or their pass failed. Validate "
+                "within `fit`, or let it end, to have them taken anew."
+            )
 
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run the step as the pass will, so that what cannot be run raises before training."""
@@ -353,8 +420,10 @@ class AveragingCallback(pl.Callback, ABC):
     def _lend(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
         """Put the average into the module for a stage, if it is to run on it."""
         fitting = trainer.state.fn == TrainerFn.FITTING
-        from_file = not fitting and trainer.ckpt_path is not None
-        if stage not in self.use_for or self._weights is None or from_file:
+        if not fitting and trainer.ckpt_path is not None:
+            self._see_file(stage)
+            return
+        if stage not in self.use_for or self._weights is None:
             return
         if self._weights.module is not pl_module or self._weights.is_in_module:
             return
@@ -364,13 +433,26 @@ class AveragingCallback(pl.Callback, ABC):
             if fitting:
                 _broadcast_as_ddp_would(trainer)
                 self._share_buffers(trainer)
+            self._warn_of_statistics()
+            self._is_lent = True  # before, lest an interruption comes between
             self._weights.swap()
-            self._is_lent = True
 
     def _take_back(self) -> None:
-        if self._is_lent and self._weights is not None:
+        if self._is_lent and self._weights is not None and self._weights.is_in_module:
             self._weights.swap()
-            self._is_lent = False
+        self._is_lent = False
+
+    def _see_file(self, stage: Stage) -> None:
+        """Know what a checkpoint without a state of this callback has put into the module."""
+        if self._is_in_file:
+            return
+        if self._weights is not None and self._weights.is_in_module:
+            self._start_anew()  # the file's weights have taken the average's place
+        if stage in self.use_for and "validate" not in self.use_for:
+            rank_zero_warn(
+                f"`{type(self).__name__}` finds no average of its own in the checkpoint, whose "
+                "weights are used as they are. Write it without `save_weights_only=True`."
+            )
 
     def _share_buffers(self, trainer: pl.Trainer) -> None:
         """Give all ranks the averaged buffers of rank zero, which a checkpoint holds."""
@@ -379,10 +461,10 @@ class AveragingCallback(pl.Callback, ABC):
         for buffer in self._weights.averaged_buffers():
             buffer.copy_(trainer.strategy.broadcast(buffer.cpu()))
 
-    def _is_usable(self) -> bool:
-        """Return whether the average, which is not in the module, is finite."""
-        assert self._weights is not None
-        if self._weights.is_in_module or self._weights.average.is_finite():
+    def _is_usable(self, weights: AveragedWeights | None = None) -> bool:
+        """Return whether an average, by default this run's, is in the module or else finite."""
+        weights = weights or self._weights
+        if weights is not None and (weights.is_in_module or weights.average.is_finite()):
             return True
         rank_zero_warn(
             f"The average of `{type(self).__name__}` is not finite, and is not used: weights were "
@@ -396,9 +478,14 @@ class AveragingCallback(pl.Callback, ABC):
     def state_key(self) -> str:
         """Names the callback in checkpoints, and in the warning of a run that resumes without."""
         return (
-            f"{type(self).__qualname__}[{self.topic}] (its average: `load_averaged(path)`; "
+            f"{self._stable_key} (its average: `load_averaged(path)`; "
             "the weights of training: `load_raw(path)`)"
         )
+
+    @property
+    def _stable_key(self) -> str:
+        """What a state is found by, whatever else is said in its key."""
+        return f"{type(self).__qualname__}[{self.topic}]"
 
     def _in_checkpoint(self) -> bool:
         """Return whether ``state_dict`` in a checkpoint written now is the average's."""
@@ -434,7 +521,8 @@ class AveragingCallback(pl.Callback, ABC):
             "num_left_out": self._num_left_out,
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state; called before Lightning's `load_state_dict`, which does nothing."""
         self._watch.load_state_dict(state_dict["watch"])
         self._span = [(epoch, step) for epoch, step in state_dict["span"]]
         self._statistics_are_of = state_dict["statistics_are_of"]
@@ -446,17 +534,33 @@ class AveragingCallback(pl.Callback, ABC):
     ) -> None:
         """Put the weights of training into the module, and the average beside them."""
         fitting = trainer.state.fn == TrainerFn.FITTING
-        self._is_lent = False
-        self._weights = self._new_weights(trainer, pl_module)
-        state = checkpoint["callbacks"].get(self.state_key)
-        if state is not None and state["weights"]:
-            self._weights.load(state["weights"])
-            runs_on_it = not fitting and self.num_averaged and _stage_of(trainer) in self.use_for
-            if runs_on_it and self._is_usable():
-                self._weights.swap()
-        present = {callback.state_key for callback in _callbacks(trainer)}
+        states = checkpoint["callbacks"]
+        key = next((key for key in states if key.startswith(self._stable_key)), None)
+        self._is_in_file = key is not None and bool(states[key]["weights"])
+        weights = self._new_weights(trainer, pl_module)
+        if fitting or self._weights is None or self._weights.is_in_module:
+            self._weights, self._is_lent = weights, False  # else this run's own is kept aside
+            if key is not None:
+                self._load(states[key])
+        if self._is_in_file:
+            weights.load(states[key]["weights"])
+            wanted = not fitting and _stage_of(trainer) in self.use_for
+            if wanted and weights.num_averaged and self._is_usable(weights):
+                weights.swap()
+        present = [callback.state_key for callback in _callbacks(trainer)]
+        present += [] if key is None else [key]
         if fitting and (raw := raw_weights(checkpoint, absent_from=present)):
-            self._weights.write(raw)
+            weights.write(raw)
+
+
+def span(unit: str, first: int, last: int) -> str:
+    """Return from where to where, in words.
+
+    Example:
+        >>> span("epoch", 30, 41), span("step", 5000, 5000)
+        ('epochs 30–41', 'step 5,000')
+    """
+    return f"{unit} {first:,}" if first == last else f"{unit}s {first:,}–{last:,}"
 
 
 def _statistics_pass(refresh_norm_stats: RefreshNormStats) -> StatisticsPass | None:
@@ -466,7 +570,7 @@ def _statistics_pass(refresh_norm_stats: RefreshNormStats) -> StatisticsPass | N
     if not (layerwise or (isinstance(refresh_norm_stats, int) and refresh_norm_stats >= 1)):
         raise ValueError(
             "`refresh_norm_stats` must be True, False, a number of batches or 'layerwise', got "
-            f"{refresh_norm_stats!r}."
+            f"{refresh_norm_stats!r}. `True` takes all training data."
         )
     takes_all = layerwise or refresh_norm_stats is True
     num_batches = None if takes_all else int(refresh_norm_stats)
@@ -489,16 +593,16 @@ def _require_distinct(callback: AveragingCallback, trainer: pl.Trainer) -> None:
     for other in _callbacks(trainer):
         if not isinstance(other, AveragingCallback) or other is callback:
             continue
-        kinds = f"`{type(other).__name__}` and `{type(callback).__name__}`"
+        both = sorted(other.use_for & callback.use_for)
+        remedies = ["`use_for=()`"] if both else []
         if other.topic == callback.topic:
+            remedies.append(f"`name='{type(callback).__name__.lower()}'`")
+        if remedies:
             raise MisconfigurationException(
-                f"`name` must tell {kinds} apart, got {callback.topic!r} for both. Pass "
-                f"`name='{type(callback).__name__.lower()}'` to one of them."
-            )
-        if both := sorted(other.use_for & callback.use_for):
-            raise MisconfigurationException(
-                f"`use_for` must name each stage in one callback only, got {both} in {kinds}. Pass "
-                "`use_for=()` to one of them: its average is kept in checkpoints and used by "
+                f"`{type(other).__name__}` and `{type(callback).__name__}` must have names of "
+                f"their own and share no stage, got {other.topic!r} and {callback.topic!r}, and "
+                f"{both or 'no stage'} in both. Pass {' and '.join(remedies)} to one of them: an "
+                "average that no stage uses is kept in checkpoints and for "
                 "`with callback.averaged(module)`."
             )
 
@@ -507,17 +611,21 @@ def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
     return list(vars(trainer)["callbacks"])  # which the Trainer does not declare
 
 
-def _agreed(trainer: pl.Trainer) -> Callable[[bool], bool]:
-    """Return a function that says whether all ranks say yes."""
+class _Agreement:
+    """Says whether all ranks say yes; once training is over, and after pickling, there is one."""
 
-    def agreed(yes: bool) -> bool:
-        reduce = sum_over_ranks(trainer)
-        if reduce is None:
+    def __init__(self, trainer: pl.Trainer | None) -> None:
+        self.trainer = trainer
+
+    def __call__(self, yes: bool) -> bool:
+        reduce = None if self.trainer is None else sum_over_ranks(self.trainer)
+        if self.trainer is None or reduce is None:
             return yes
-        noes = torch.tensor([int(not yes)], device=trainer.strategy.root_device)
+        noes = torch.tensor([int(not yes)], device=self.trainer.strategy.root_device)
         return int(reduce(noes)) == 0
 
-    return agreed
+    def __reduce__(self) -> tuple[type[_Agreement], tuple[None]]:
+        return _Agreement, (None,)
 
 
 def _stage_of(trainer: pl.Trainer) -> str:

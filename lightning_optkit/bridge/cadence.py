@@ -9,15 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-__all__ = ["EVERY_EPOCH", "Cadence", "logger_step"]
-
-
-class _Default(int):
-    """A period that was not written by anyone, and gives way to one that was."""
-
-
-EVERY_EPOCH = _Default(1)
-"""Default of ``every_n_epochs``: 1, unless ``every_n_steps`` is given."""
+__all__ = ["Cadence", "logger_step"]
 
 
 def logger_step(trainer: pl.Trainer, *, after_batch: bool) -> int:
@@ -44,11 +36,11 @@ class Cadence:
 
     Args:
         every_n_steps: optimizer steps between due points, at least 1.
-        every_n_epochs: epochs between due points, at least 1.
+        every_n_epochs: epochs between due points, at least 1; 1 unless ``every_n_steps`` is given.
         max_overhead: largest share of the wall time of training, in (0, 1]; ``None`` = no limit.
 
     Raises:
-        ValueError: if both or neither of the two periods is given, or a value is out of range.
+        ValueError: if both periods are given, or a value is out of range.
     """
 
     def __init__(
@@ -58,14 +50,14 @@ class Cadence:
         every_n_epochs: int | None = None,
         max_overhead: float | None = None,
     ) -> None:
-        if every_n_steps is not None and isinstance(every_n_epochs, _Default):
-            every_n_epochs = None
-        if (every_n_steps is None) == (every_n_epochs is None):
+        if every_n_steps is not None and every_n_epochs is not None:
             raise ValueError(
-                "Exactly one of `every_n_steps` and `every_n_epochs` must be given, got "
+                "At most one of `every_n_steps` and `every_n_epochs` must be given, got "
                 f"every_n_steps={every_n_steps} and every_n_epochs={every_n_epochs}. "
-                "Set the other one to `None`."
+                "Leave one of them out."
             )
+        if every_n_steps is None and every_n_epochs is None:
+            every_n_epochs = 1
         for name, period in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
             if period is not None and (not isinstance(period, int) or period < 1):
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {period!r}.")

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import signal
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = ["Exchange"]
+
+_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")  # of which schedulers send some
+    if hasattr(signal, name)
+]
 
 
 class Exchange:
@@ -39,22 +48,34 @@ class Exchange:
             live: the module's tensors by name.
             aside: the other values, all or some of these names.
         """
-        with torch.inference_mode(False):  # validation is, and what is cloned there cannot be used
-            if not self.is_exchanged:
-                self._goes_with = _of_one_memory(live, aside)
-            for name, other in aside.items():
-                if name in self._goes_with:
-                    continue
-                if self._changes_places(name, live[name], other):
-                    own = live[name].detach().clone()
-                    live[name].data.copy_(other)
-                    other.copy_(own)
-                elif not self.is_exchanged:
-                    self._own[name] = live[name].detach().clone()
-                    live[name].data.copy_(other)
-                else:
-                    self._give_back(name, live[name], other)
-        self.is_exchanged = not self.is_exchanged
+        if not self.is_exchanged:
+            self._goes_with = _of_one_memory(live, aside)
+        firsts = [name for name in aside if name not in self._goes_with]
+        done: list[str] = []
+        with _signals_held(), torch.inference_mode(False):  # clones made in it cannot be used later
+            try:
+                for name in firsts:
+                    self._exchange_one(name, live[name], aside[name])
+                    done.append(name)
+            except BaseException:
+                self.is_exchanged = not self.is_exchanged
+                for name in done:
+                    self._exchange_one(name, live[name], aside[name])
+                self.is_exchanged = not self.is_exchanged
+                raise
+            self.is_exchanged = not self.is_exchanged
+
+    def _exchange_one(self, name: str, here: Tensor, other: Tensor) -> None:
+        if self._changes_places(name, here, other):
+            own = here.detach().clone()
+            here.data.copy_(other)
+            other.copy_(own)
+        elif not self.is_exchanged:
+            own = here.detach().clone()
+            here.data.copy_(other)
+            self._own[name] = own
+        else:
+            self._give_back(name, here, other)
 
     def own(self, live: Mapping[str, Tensor], aside: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the module's own values of the names in ``aside``, wherever they are."""
@@ -80,6 +101,26 @@ class Exchange:
             here.data.copy_(own)
         elif here.shape == other.shape:  # where the next validation is to find it
             other.copy_(here)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let Ctrl-C and the like wait for the end of the block: halfway there is a mixture."""
+    if threading.current_thread() is not threading.main_thread():  # where Python has no signals
+        yield
+        return
+    waiting: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, lambda received, frame: waiting.append(received))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in waiting:
+            signal.raise_signal(number)
 
 
 def _of_one_memory(live: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, str]:

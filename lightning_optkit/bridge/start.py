@@ -23,7 +23,7 @@ class Start:
         ValueError: for a value out of range.
     """
 
-    def __init__(self, when: float | int | str) -> None:
+    def __init__(self, when: int | float | str) -> None:
         self.when = when
         self._share: float | None = None
         self._epoch: int | None = None
@@ -54,18 +54,21 @@ class Start:
             MisconfigurationException: if the run is over by then, or a share is asked of a run
                 without an end.
         """
-        self._at_once = bool(getattr(trainer, "fast_dev_run", False))  # a trial of all that comes late in a run
+        self._at_once = bool(
+            getattr(trainer, "fast_dev_run", False)
+        )  # a trial of all that comes late in a run
         if self._at_once:
             return
         epochs, steps = _known(trainer.max_epochs), _known(trainer.max_steps)
         if self._share is not None:
-            if epochs is None and steps is None:
+            if self._share > 0 and epochs is None and steps is None:
                 raise MisconfigurationException(
                     f"`start` must be an epoch or a step where training has no end, got the share "
                     f"{self.when}. Write `start='5000st'`, or give the Trainer `max_epochs`."
                 )
             # within the epoch in which the share is reached; without the rounding of 0.29 * 100
             self._epoch = None if epochs is None else math.floor(self._share * epochs + 1e-9)
+            self._epoch = self._epoch if self._share > 0 else 0
             self._step = None if steps is None else math.floor(self._share * steps + 1e-9)
         for start, end in ((self._epoch, epochs), (self._step, steps)):
             if start is not None and end is not None and start >= end:

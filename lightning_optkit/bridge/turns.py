@@ -21,10 +21,10 @@ class Turns(Cadence):
 
     Args:
         every_n_steps: optimizer steps between turns, at least 1.
-        every_n_epochs: epochs between turns, at least 1.
+        every_n_epochs: epochs between turns, at least 1; 1 unless ``every_n_steps`` is given.
 
     Raises:
-        ValueError: if both or neither of the two periods is given, or a value is out of range.
+        ValueError: if both periods are given, or a value is out of range.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -10,17 +11,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_optkit.bridge.averaging import AveragingCallback, RefreshNormStats, Stage
+from lightning_optkit.bridge.averaging import AveragingCallback, RefreshNormStats, Stage, span
 from lightning_optkit.methods.averaging import decay_of_half_life, exponential_share
 
 __all__ = ["EMA"]
-
-
-class _Default(float):
-    """A decay that was not written by anyone, and gives way to a half-life that was."""
-
-
-_DECAY = _Default(0.999)
 
 
 class EMA(AveragingCallback):
@@ -38,7 +32,7 @@ class EMA(AveragingCallback):
     integers are the module's own.
 
     Args:
-        decay: d, in [0, 1), an update.
+        decay: d, in [0, 1), an update; 0.999 unless ``half_life`` is given.
         half_life: optimizer steps after which a model weighs half, in place of ``decay``.
         every_n_steps: optimizer steps between updates. Steps that mixed precision skipped do not
             count; a batch in which several optimizers step counts once.
@@ -74,7 +68,7 @@ class EMA(AveragingCallback):
 
     def __init__(
         self,
-        decay: float = _DECAY,
+        decay: float | None = None,
         half_life: float | None = None,
         *,
         every_n_steps: int = 1,
@@ -86,13 +80,14 @@ class EMA(AveragingCallback):
         device: torch.device | str | None = None,
         name: str | None = None,
     ) -> None:
-        if not isinstance(every_n_steps, int) or every_n_steps < 1:
+        if not _is_count(every_n_steps, least=1):
             raise ValueError(
-                f"`every_n_steps` must be an integer of at least 1, got {every_n_steps!r}."
+                f"`every_n_steps` must be an integer of at least 1, got {every_n_steps!r}. 1 is "
+                "every step."
             )
-        decay = _decay(decay, half_life, every_n_steps)
+        self.decay = _decay(decay, half_life, every_n_steps)
         super().__init__(
-            share=partial(exponential_share, decay=decay, warmup=warmup),
+            share=partial(exponential_share, decay=self.decay, warmup=warmup),
             use_for=use_for,
             refresh_norm_stats=refresh_norm_stats,
             device=device,
@@ -100,9 +95,10 @@ class EMA(AveragingCallback):
             thorough=False,
         )
         for key, value in (("start_step", start_step), ("start_epoch", start_epoch)):
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"`{key}` must be an integer of at least 0, got {value!r}.")
-        self.decay = decay
+            if not _is_count(value, least=0):
+                raise ValueError(
+                    f"`{key}` must be an integer of at least 0, got {value!r}. 0 is at once."
+                )
         self._every_n_steps = every_n_steps
         self._start_step = start_step
         self._start_epoch = start_epoch
@@ -134,13 +130,13 @@ class EMA(AveragingCallback):
         return trainer._logger_connector.should_update_logs
 
     def _span_of(self, first: tuple[int, int], last: tuple[int, int]) -> str:
-        return f"steps {first[1] + 1:,}–{last[1] + 1:,}"
+        return span("step", first[1] + 1, last[1] + 1)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"num_steps": self._num_steps}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        super()._load(state_dict)
         self._num_steps = state_dict["num_steps"]
 
 
@@ -149,16 +145,31 @@ def _is_trial(trainer: pl.Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
-def _decay(decay: float, half_life: float | None, every_n_steps: int) -> float:
-    if half_life is not None:
-        if not isinstance(decay, _Default):
+def _decay(decay: float | None, half_life: float | None, every_n_steps: int) -> float:
+    if half_life is None:
+        decay = 0.999 if decay is None else decay
+        if not _is_number(decay) or not 0 <= decay < 1:
             raise ValueError(
-                f"Only one of `decay` and `half_life` must be given, got decay={decay} and "
-                f"half_life={half_life}. Leave one of them out."
+                f"`decay` must be in [0, 1), such as 0.999, got {decay!r}. The higher, the slower "
+                "it forgets."
             )
-        if not half_life > 0:
-            raise ValueError(f"`half_life` must be a positive number of steps, got {half_life}.")
-        return decay_of_half_life(half_life, every=every_n_steps)
-    if not 0 <= decay < 1:
-        raise ValueError(f"`decay` must be in [0, 1), such as 0.999, got {decay}.")
-    return float(decay)
+        return float(decay)
+    if decay is not None:
+        raise ValueError(
+            f"At most one of `decay` and `half_life` must be given, got decay={decay} and "
+            f"half_life={half_life}. Leave one of them out."
+        )
+    if not _is_number(half_life) or not 0 < half_life < math.inf:
+        raise ValueError(
+            f"`half_life` must be a positive number of steps, such as 500, got {half_life!r}. Near "
+            "0 it forgets at once."
+        )
+    return decay_of_half_life(half_life, every=every_n_steps)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: object, *, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

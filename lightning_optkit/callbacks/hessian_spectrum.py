@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_optkit.board import schema, tags
-from lightning_optkit.bridge.cadence import EVERY_EPOCH, Cadence
+from lightning_optkit.bridge.cadence import Cadence
 from lightning_optkit.bridge.observer import Observer
 from lightning_optkit.bridge.probe import Probe, StepLossFn
 from lightning_optkit.bridge.sharded_gradient import (
@@ -156,7 +156,7 @@ class HessianSpectrum(Observer[HessianReport]):
 
     def __init__(
         self,
-        every_n_epochs: int | None = EVERY_EPOCH,
+        every_n_epochs: int | None = None,
         every_n_steps: int | None = None,
         *,
         num_batches: int | None = 4,

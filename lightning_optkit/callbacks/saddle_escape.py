@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_optkit.board import tags
-from lightning_optkit.bridge.cadence import EVERY_EPOCH, logger_step
+from lightning_optkit.bridge.cadence import logger_step
 from lightning_optkit.bridge.measuring import MeasuringCallback, buffers_of_rank_zero
 from lightning_optkit.bridge.probe import Probe, StepLossFn, select_parameters
 from lightning_optkit.bridge.report import report
@@ -92,7 +92,7 @@ class SaddleEscape(MeasuringCallback):
 
     def __init__(
         self,
-        every_n_epochs: int | None = EVERY_EPOCH,
+        every_n_epochs: int | None = None,
         every_n_steps: int | None = None,
         *,
         num_batches: int | None = 4,

@@ -9,14 +9,12 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_optkit.bridge.averaging import AveragingCallback, RefreshNormStats, Stage
-from lightning_optkit.bridge.cadence import EVERY_EPOCH, Cadence
-from lightning_optkit.bridge.optimizer_steps import Rate, RateInStep
+from lightning_optkit.bridge.averaging import AveragingCallback, RefreshNormStats, Stage, span
+from lightning_optkit.bridge.averaging_rate import AveragingRate
+from lightning_optkit.bridge.cadence import Cadence
 from lightning_optkit.bridge.start import Start
 from lightning_optkit.methods.averaging import polynomial_share, uniform_share
-from lightning_optkit.methods.averaging_rates import annealed_share, cyclic_share
 
 __all__ = ["SWA"]
 
@@ -79,8 +77,8 @@ class SWA(AveragingCallback):
 
     def __init__(
         self,
-        start: float | int | str = 0.75,
-        every_n_epochs: int | None = EVERY_EPOCH,
+        start: int | float | str = 0.75,
+        every_n_epochs: int | None = None,
         *,
         every_n_steps: int | None = None,
         lr: float | Sequence[float] | None = None,
@@ -94,9 +92,27 @@ class SWA(AveragingCallback):
         name: str | None = None,
     ) -> None:
         if average not in ("uniform", "polynomial"):
-            raise ValueError(f"`average` must be 'uniform' or 'polynomial', got {average!r}.")
+            raise ValueError(
+                f"`average` must be 'uniform' or 'polynomial', got {average!r}. The second gives "
+                "later models more weight."
+            )
         if not eta >= 0:
-            raise ValueError(f"`eta` must be at least 0, got {eta}.")
+            raise ValueError(f"`eta` must be at least 0, got {eta!r}. 0 is the plain mean.")
+        self._start = Start(start)
+        self._every_n_steps, self._every_n_epochs = _periods(every_n_steps, every_n_epochs, cycle)
+        self._cycle = cycle
+        if not isinstance(anneal_epochs, (int, float)) or not anneal_epochs >= 0:
+            raise ValueError(
+                f"`anneal_epochs` must be a number of at least 0, got {anneal_epochs!r}. 0 is at "
+                "once."
+            )
+        if lr is None and cycle is not None:
+            raise ValueError(
+                f"`lr` must be given with `cycle={cycle}`, got None. Write the rate to fall to."
+            )
+        self._rate = (
+            None if lr is None else AveragingRate(lr, anneal_epochs=anneal_epochs, cycle=cycle)
+        )
         super().__init__(
             share=uniform_share if average == "uniform" else partial(polynomial_share, eta=eta),
             use_for=use_for,
@@ -105,62 +121,41 @@ class SWA(AveragingCallback):
             name=name,
             thorough=True,
         )
-        self._start = Start(start)
-        self._every_n_steps, self._every_n_epochs = _periods(every_n_steps, every_n_epochs, cycle)
-        self._lr = _rates(lr)
-        self._cycle = cycle
-        if self._lr is None and cycle is not None:
-            raise ValueError(f"`lr` must be given with `cycle={cycle}`: the rate to fall to.")
-        if not anneal_epochs >= 0:
-            raise ValueError(f"`anneal_epochs` must be at least 0, got {anneal_epochs}.")
-        self._way = (
-            partial(annealed_share, anneal_epochs=anneal_epochs)
-            if cycle is None
-            else partial(cyclic_share, cycle=cycle)
-        )
-        self._rate_in_step = RateInStep(self._rate)
 
     def _start_anew(self) -> None:
         super()._start_anew()
         self._began: float | None = None  # in epochs, with the part of the one it began in
-        self._epochs = 0.0  # since then, at the end of this batch
         self._num_steps = 0  # since then
         self._last_epoch: int | None = None  # whose end a model was taken at
+        self._length: int | None = None  # of an epoch, where the loader does not say it
+        if self._rate is not None:
+            self._rate.epochs = None
 
     def _plan(self, trainer: pl.Trainer) -> None:
         self._start.resolve(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if self._lr is not None:
-            num_groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
-            if len(self._lr) not in (1, sum(num_groups)):
-                raise MisconfigurationException(
-                    f"`lr` must be one number or one for each of the {sum(num_groups)} parameter "
-                    f"groups, got {len(self._lr)}."
-                )
-            self._first_group = [sum(num_groups[:i]) for i in range(len(num_groups))]
-            self._rate_in_step.attach(trainer)
+        if self._rate is not None:
+            self._rate.attach(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        length = self._length or trainer.num_training_batches
         may_begin = batch_idx == 0 or self._cycle is None  # cycles end where epochs do
         if self._began is None and may_begin and self._start.is_reached(trainer):
-            part = _part_of_epoch(trainer, batch_idx, if_unknown=0.0)
-            self._began = trainer.current_epoch + part
-        if self._began is not None:
-            part = _part_of_epoch(trainer, batch_idx + 1, if_unknown=1.0)
-            self._epochs = trainer.current_epoch + part - self._began
+            self._began = trainer.current_epoch + batch_idx / length
+        if self._began is not None and self._rate is not None:
+            is_known = math.isfinite(length)
+            part = (batch_idx + 1) / length if is_known else 1.0  # in steps of a whole epoch
+            self._rate.epochs = trainer.current_epoch + part - self._began
 
-    def _rate(self, optimizer: int, group: int, scheduled: Rate) -> Rate:
-        if self._began is None or self._lr is None:
-            return scheduled
-        i = self._first_group[optimizer] + group
-        lr = self._lr[i if len(self._lr) > 1 else 0]
-        share = self._way(self._epochs)
-        return (1 - share) * scheduled + share * lr  # without rounding at both ends
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if trainer.num_training_batches == math.inf and trainer.is_last_batch:
+            self._length = trainer.fit_loop.epoch_loop.batch_idx + 1
 
     def _due_after_step(self, trainer: pl.Trainer) -> bool:
         if self._began is None or self._every_n_steps is None:
@@ -168,10 +163,9 @@ class SWA(AveragingCallback):
         self._num_steps += 1
         return (self._num_steps - 1) % self._every_n_steps == 0
 
-    def _due_after_epoch(self, trainer: pl.Trainer) -> bool:
+    def _due_after_epoch(self, epoch: int) -> bool:
         if self._began is None or self._every_n_epochs is None:
             return False
-        epoch = trainer.current_epoch
         first = int(self._began) + (self._cycle or 1) - 1
         due = epoch >= first and (epoch - first) % self._every_n_epochs == 0
         due = due and epoch != self._last_epoch
@@ -183,36 +177,33 @@ class SWA(AveragingCallback):
         return True
 
     def _scalars(self, trainer: pl.Trainer) -> dict[str, float]:
-        rates = [rate for group in self._rate_in_step.effective for rate in group]
-        return super()._scalars(trainer) | ({"learning_rate": rates[0]} if rates else {})
+        rate = None if self._rate is None else self._rate.of_last_step
+        return super()._scalars(trainer) | ({} if rate is None else {"learning_rate": rate})
 
     def _span_of(self, first: tuple[int, int], last: tuple[int, int]) -> str:
         if self._every_n_steps is not None:
-            return f"steps {first[1] + 1:,}–{last[1] + 1:,}"
-        return f"epochs {first[0]}–{last[0]}"
+            return span("step", first[1] + 1, last[1] + 1)
+        return span("epoch", first[0], last[0])
 
     def _leave_optimizers(self) -> None:
         super()._leave_optimizers()
-        self._rate_in_step.detach()
+        if self._rate is not None:
+            self._rate.detach()
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {
             "began": self._began,
             "num_steps": self._num_steps,
             "last_epoch": self._last_epoch,
+            "length": self._length,
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        super()._load(state_dict)
         self._began = state_dict["began"]
         self._num_steps = state_dict["num_steps"]
         self._last_epoch = state_dict["last_epoch"]
-
-
-def _part_of_epoch(trainer: pl.Trainer, num_batches: int, *, if_unknown: float) -> float:
-    """Return which part of an epoch so many batches are."""
-    length = trainer.num_training_batches
-    return num_batches / length if math.isfinite(length) else if_unknown
+        self._length = state_dict["length"]
 
 
 def _periods(
@@ -224,21 +215,11 @@ def _periods(
         return cadence.every_n_steps, cadence.every_n_epochs
     if not isinstance(cycle, int) or cycle < 1:
         raise ValueError(f"`cycle` must be an integer of at least 1, in epochs, got {cycle!r}.")
-    if every_n_epochs is EVERY_EPOCH:
-        every_n_epochs = cycle
-    if every_n_steps is not None or every_n_epochs is None or every_n_epochs % cycle:
+    period = cycle if every_n_epochs is None else every_n_epochs
+    if every_n_steps is not None or period % cycle:
         raise ValueError(
             f"`every_n_epochs` must be a multiple of `cycle={cycle}`, so that models are taken at "
             f"the ends of cycles, got every_n_epochs={every_n_epochs} and "
             f"every_n_steps={every_n_steps}. Leave both out."
         )
-    return None, every_n_epochs
-
-
-def _rates(lr: float | Sequence[float] | None) -> list[float] | None:
-    if lr is None:
-        return None
-    rates = list(lr) if isinstance(lr, Sequence) else [lr]
-    if not rates or not all(isinstance(rate, (int, float)) and rate >= 0 for rate in rates):
-        raise ValueError(f"`lr` must be a number of at least 0, or one for each group, got {lr!r}.")
-    return [float(rate) for rate in rates]
+    return None, period

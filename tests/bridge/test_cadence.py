@@ -68,6 +68,7 @@ def train(callbacks, name="autoencoder", *, ckpt_path=None, **options):
         ("autoencoder", {"accumulate_grad_batches": 2}, {"every_n_steps": 3}, [2, 5, 7]),
         # 8 batches in windows of 3: the last, incomplete window is a step too
         ("autoencoder", {"accumulate_grad_batches": 3}, {"every_n_steps": 2}, [1, 3, 5]),
+        ("autoencoder", {}, {}, [7, 15]),
         ("autoencoder", {}, {"every_n_epochs": 1}, [7, 15]),
         ("autoencoder", {"max_epochs": 3}, {"every_n_epochs": 2}, [15, 23]),
         ("autoencoder", {"max_steps": 5, "max_epochs": -1}, {"every_n_steps": 2}, [1, 3, 4]),
@@ -142,8 +143,10 @@ def test_overhead_is_the_share_of_wall_time():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "Exactly one of .* got every_n_steps=None and every_n_epochs=None"),
-        ({"every_n_steps": 1, "every_n_epochs": 1}, "Exactly one of"),
+        (
+            {"every_n_steps": 1, "every_n_epochs": 2},
+            "At most one of .* got every_n_steps=1 and every_n_epochs=2",
+        ),
         ({"every_n_steps": 0}, "`every_n_steps` must be an integer of at least 1, got 0"),
         ({"every_n_epochs": -1}, "`every_n_epochs` must be an integer of at least 1, got -1"),
         ({"every_n_steps": 1, "max_overhead": 0.0}, r"`max_overhead` must be a share.*got 0\.0"),

@@ -134,7 +134,7 @@ def test_a_share_is_held_against_each_run_anew():
 ENDLESS = "`start` must be an epoch or a step where training has no end, got the share 0.75. Write"
 
 
-@pytest.mark.parametrize("share", [0.75, 0.0])
+@pytest.mark.parametrize("share", [0.75, 0.01])
 def test_a_share_of_a_run_without_an_end_is_refused(share):
     message = re.escape(ENDLESS.replace("0.75", str(share)))
     with pytest.raises(MisconfigurationException, match=message):

@@ -738,6 +738,25 @@ def test_hooks_of_transfer_go_on_from_batch_to_batch_and_leave_no_trace():
     during_training(DataLoader(Numbers(), 4), act, Hooked())
 
 
+def test_hooks_of_a_datamodule_leave_no_trace():
+    class Data(pl.LightningDataModule):
+        counts = ()
+
+        def train_dataloader(self):
+            return DataLoader(Numbers(), 4)
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            self.counts = (*self.counts, torch.rand(1).item())
+            return batch + len(self.counts)
+
+    def act(trainer, stream):
+        before = trainer.datamodule.counts, rng_state()
+        assert len({held.batch[0].item() for held in stream}) == 6
+        assert_same(before, (trainer.datamodule.counts, rng_state()))
+
+    during_training(Data(), act)
+
+
 def test_what_the_caller_changes_in_the_module_meanwhile_stays():
     def act(trainer, stream):
         module = trainer.lightning_module

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_optkit import EMA, SWA
+from lightning_optkit.bridge.averaging import span
 from tests.callbacks.averaging_modules import (
     BATCHES,
     AdversarialNet,
@@ -80,7 +81,7 @@ def test_the_first_model_is_the_one_at_start_and_nothing_before_it_enters(option
     fit(module, ema, snapshots, precision="64-true")
     models = [snapshots.by_step[s] for s in steps]
     assert_close(weights_of(module), ema_of(models, 0.8), atol=1e-12)
-    assert f"steps {steps[0] + 1}–{steps[-1] + 1}" in ema.summary
+    assert ema.summary.endswith(f", {span('step', steps[0] + 1, steps[-1] + 1)}")
 
 
 @pytest.mark.parametrize("every_n_steps", [1, 3])
@@ -544,8 +545,11 @@ def test_a_resumed_run_with_settings_ends_as_one_that_was_not_interrupted(option
     [
         ({"decay": 1.0}, r"`decay` must be in \[0, 1\), such as 0.999, got 1.0"),
         ({"decay": -0.1}, r"`decay` must be in \[0, 1\)"),
-        ({"half_life": 0}, "`half_life` must be a positive number of steps, got 0"),
-        ({"decay": 0.9, "half_life": 3}, "Only one of `decay` and `half_life` must be given, got"),
+        ({"half_life": 0}, "`half_life` must be a positive number of steps, such as 500, got 0"),
+        (
+            {"decay": 0.9, "half_life": 3},
+            "At most one of `decay` and `half_life` must be given, got decay=0.9 and half_life=3",
+        ),
         ({"every_n_steps": 0}, "`every_n_steps` must be an integer of at least 1, got 0"),
         ({"every_n_steps": 1.5}, "`every_n_steps` must be an integer"),
         ({"start_step": -1}, "`start_step` must be an integer of at least 0, got -1"),
@@ -559,6 +563,11 @@ def test_a_resumed_run_with_settings_ends_as_one_that_was_not_interrupted(option
 def test_settings_that_make_no_sense_are_refused(options, text):
     with pytest.raises(ValueError, match=text):
         EMA(**options)
+
+
+def test_decay_is_the_usual_one_unless_it_is_given():
+    assert EMA().decay == 0.999
+    assert EMA(0.5).decay == EMA(half_life=1).decay == 0.5
 
 
 @pytest.mark.parametrize(

@@ -492,7 +492,7 @@ def test_the_default_cadence_stays_within_the_budget(tmp_path):
         ({"rtol": -1e-3}, "`rtol` must be at least 0"),
         ({"rtol": math.nan}, "`rtol` must be at least 0"),
         ({"graphs": "none"}, "`graphs` must be 'cached' or 'lockstep', got 'none'"),
-        ({"every_n_steps": 1, "every_n_epochs": 1}, "Exactly one of"),
+        ({"every_n_steps": 1, "every_n_epochs": 1}, "At most one of"),
         ({"every_n_steps": 0}, "`every_n_steps` must be an integer of at least 1"),
         ({"mode": "test"}, "`mode` must be 'eval' or 'train'"),
     ],

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from lightning_optkit import SWA
 from lightning_optkit.board import tags
 from lightning_optkit.bridge import statistics_pass
+from lightning_optkit.bridge.averaging import span
 from tests.callbacks.averaging_modules import (
     BATCHES,
     AdversarialNet,
@@ -86,7 +87,7 @@ def test_the_average_is_the_mean_of_the_epochs_from_start_to_the_last(options, e
     for other in others:  # one more or one less would be seen
         with_it = mean_of(epochs_of(snapshots, [*epochs, other]))
         assert max((expected[n] - with_it[n]).abs().max() for n in expected) > 1e-6
-    assert f"epochs {epochs[0]}–{epochs[-1]}" in swa.summary
+    assert swa.summary.endswith(f", {span('epoch', epochs[0], epochs[-1])}")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_the_average_is_the_mean_of_the_steps_from_start_on(options, steps):
     fit(module, swa, snapshots, precision="64-true")
     assert_close(weights_of(module), mean_of(steps_of(snapshots, steps)), atol=1e-12)
     assert swa.num_averaged == len(steps)
-    assert f"steps {steps[0] + 1}–{steps[-1] + 1}" in swa.summary
+    assert swa.summary.endswith(f", {span('step', steps[0] + 1, steps[-1] + 1)}")
 
 
 def test_steps_are_optimizer_steps_under_accumulation():
@@ -371,13 +372,23 @@ def test_the_rate_under_accumulation_is_that_at_the_end_of_the_batch_that_steps(
         assert used[0] == pytest.approx(0.1 * (1 + math.cos(math.pi * t / 2)) / 2), step
 
 
-def test_of_data_without_a_length_an_epoch_has_one_rate():
+def rates_of(loader, **options):
     module = Net(optimizer=recording)
-    swa = SWA(start=1, lr=0.0, anneal_epochs=2)
-    fit(module, swa, loader=DataLoader(Stream(), batch_size=None), epochs=4)
-    rates = [used[0] for used in module.used]
-    expected = [0.1] * BATCHES + [0.05] * BATCHES + [0.0] * 2 * BATCHES
-    assert rates == pytest.approx(expected, abs=1e-12)
+    fit(module, SWA(lr=0.0, **options), loader=loader, epochs=4)
+    return [used[0] for used in module.used]
+
+
+@pytest.mark.parametrize("options", [{"anneal_epochs": 2}, {"cycle": 1}, {"cycle": 2}], ids=str)
+def test_data_without_a_length_have_that_of_the_epoch_before(options):
+    unsized = rates_of(DataLoader(Stream(), batch_size=None), start=1, **options)
+    assert unsized == rates_of(data(), start=1, **options)
+    assert len(set(unsized)) > BATCHES
+
+
+def test_the_first_epoch_of_data_without_a_length_has_one_rate():
+    rates = rates_of(DataLoader(Stream(), batch_size=None), start=0, anneal_epochs=2)
+    assert rates[:BATCHES] == pytest.approx([0.05] * BATCHES, abs=1e-12)
+    assert rates[BATCHES:] == rates_of(data(), start=0, anneal_epochs=2)[BATCHES:]
 
 
 def test_optimizers_are_as_before_once_it_has_gone():
@@ -393,7 +404,7 @@ def test_two_optimizers_go_to_rates_of_their_own():
 
     class Watches(pl.Callback):
         def on_train_batch_end(self, *_):
-            rates.append(swa._rate_in_step.effective)
+            rates.append(swa._rate._rule.effective)
 
     swa = SWA(start=1, lr=[0.5, 0.25], anneal_epochs=0, refresh_norm_stats=False)
     fit(module, swa, Watches(), val=False, epochs=2)
@@ -821,7 +832,7 @@ def test_the_summary_says_what_is_in_the_average(caplog):
     kept = SWA(start=4, use_for=())
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         fit(Net(), kept, epochs=5)
-    assert "SWA: average of 1 model, epochs 4–4. The module holds its trained" in caplog.text
+    assert "SWA: average of 1 model, epoch 4. The module holds its trained" in caplog.text
 
 
 # -- resumed -----------------------------------------------------------------------------------
@@ -888,13 +899,21 @@ def test_an_average_in_half_precision_is_resumed(tmp_path):
         ({"cycle": 2}, ValueError, "`lr` must be given with `cycle=2`"),
         ({"lr": 0.1, "cycle": 0}, ValueError, "`cycle` must be an integer of at least 1"),
         ({"lr": 0.1, "cycle": 2, "every_n_epochs": 3}, ValueError, "a multiple of `cycle=2`"),
-        ({"lr": 0.1, "cycle": 2, "every_n_steps": 3}, ValueError, "a multiple of `cycle=2`"),
-        ({"lr": -0.1}, ValueError, "`lr` must be a number of at least 0, or one for each group"),
+        (
+            {"lr": 0.1, "cycle": 2, "every_n_steps": 3},
+            ValueError,
+            "a multiple of `cycle=2`.*, got every_n_epochs=None and every_n_steps=3",
+        ),
+        ({"lr": -0.1}, ValueError, "`lr` must be a number of at least 0, or a list of one"),
         ({"lr": []}, ValueError, "`lr` must be a number of at least 0"),
         ({"lr": "0.1"}, ValueError, "`lr` must be a number of at least 0"),
-        ({"anneal_epochs": -1}, ValueError, "`anneal_epochs` must be at least 0, got -1"),
+        (
+            {"anneal_epochs": -1},
+            ValueError,
+            "`anneal_epochs` must be a number of at least 0",
+        ),
         ({"every_n_epochs": 0}, ValueError, "`every_n_epochs` must be"),
-        ({"every_n_epochs": 1, "every_n_steps": 1}, ValueError, "`every_n_steps`"),
+        ({"every_n_epochs": 1, "every_n_steps": 1}, ValueError, "At most one of `every_n_steps`"),
         ({"use_for": "validate"}, ValueError, "`use_for` must be a tuple of 'validate', 'test'"),
         ({"use_for": ("fit",)}, ValueError, "`use_for` must be a tuple of"),
         ({"name": "My SWA"}, ValueError, "`name` must be snake_case, such as 'slow', got 'My SWA'"),
@@ -948,4 +967,4 @@ def test_data_that_one_epoch_uses_up_is_refused_before_training():
     with pytest.raises(
         MisconfigurationException, match="readable twice, got zip, which is an iter"
     ):
-        fit(Net(), SWA(0.5), loader=batches, val=False, epochs=1)
+        fit(Net(norm=True), SWA(0.5), loader=batches, val=False, epochs=1)
