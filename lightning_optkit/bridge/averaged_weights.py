@@ -91,11 +91,12 @@ class AveragedWeights:
         if self.is_in_module == average:
             yield
             return
-        self.swap()
         try:
+            self.swap()  # an interruption waits for its end, and is raised here
             yield
         finally:
-            self.swap()
+            if self.is_in_module == average:
+                self.swap()
 
     def distance(self, sum_over_ranks: Callable[[Tensor], Tensor] | None = None) -> float:
         """Return ‖w̄ - w‖ / ‖w‖ over the parameters, while the average is not in the module."""

@@ -66,7 +66,14 @@ class Exchange:
             self.is_exchanged = not self.is_exchanged
 
     def _exchange_one(self, name: str, here: Tensor, other: Tensor) -> None:
-        if self._changes_places(name, here, other):
+        changes_places = self._changes_places(name, here, other)
+        if here.shape != other.shape and (changes_places or not self.is_exchanged):
+            raise ValueError(  # lest one number fills all that are there
+                "The module's tensors must keep their shapes while they are averaged, got "
+                f"`{name}` of shape {tuple(here.shape)} whose average is of shape "
+                f"{tuple(other.shape)}. Change layers before the average begins."
+            )
+        if changes_places:
             own = here.detach().clone()
             here.data.copy_(other)
             other.copy_(own)
@@ -117,7 +124,7 @@ def _signals_held() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in handlers.items():
+        for number, handler in reversed(handlers.items()):  # Ctrl-C last: it raises from then on
             signal.signal(number, handler)
         for number in waiting:
             signal.raise_signal(number)
