@@ -302,14 +302,15 @@ class AveragingCallback(pl.Callback, ABC):
         if trainer.is_last_batch and batches.completed < batches.ready:
             epochs = trainer.fit_loop.epoch_progress.current
             is_counted = epochs.completed == epochs.ready
-            if self._due_after_epoch(trainer.current_epoch - is_counted):
-                self._take(trainer, logger_step(trainer, after_batch=False))
+            epoch = trainer.current_epoch - is_counted
+            if self._due_after_epoch(epoch):
+                self._take(trainer, logger_step(trainer, after_batch=False), epoch=epoch)
 
     def _take_if_due(self, trainer: pl.Trainer, *, after_batch: bool) -> None:
         if self._watch.stepped() and self._due_after_step(trainer):
             self._take(trainer, logger_step(trainer, after_batch=after_batch))
 
-    def _take(self, trainer: pl.Trainer, step: int) -> None:
+    def _take(self, trainer: pl.Trainer, step: int, *, epoch: int | None = None) -> None:
         assert self._weights is not None  # since the start of training
         if not self._weights.take(thorough=self._thorough):
             self._num_left_out += 1
@@ -319,7 +320,7 @@ class AveragingCallback(pl.Callback, ABC):
                     "not finite, and all such to come. Lower the learning rate."
                 )
             return
-        now = (trainer.current_epoch, step)
+        now = (trainer.current_epoch if epoch is None else epoch, step)
         self._span = [self._span[0] if self._span else now, now]
         if self.num_averaged == 1 or self._is_logged(trainer):
             self._report(trainer, step, event=self.num_averaged == 1)
@@ -504,6 +505,10 @@ class AveragingCallback(pl.Callback, ABC):
         if in_checkpoint:  # a folder may hold a buffer of any rank
             self._share_buffers(trainer)
         return in_checkpoint
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is the Trainer's, and stays where an error ended its run."""
+        return vars(self) | {"_state_dict_of_average": None}
 
     def state_dict(self) -> dict[str, Any]:
         holds_average = self._in_checkpoint()
