@@ -14,25 +14,22 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_optkit.board import tags
+from lightning_optkit.bridge.average_statistics import AverageStatistics, RefreshNormStats
 from lightning_optkit.bridge.averaged_checkpoint import KIND, StateDictOfAverage, raw_weights
 from lightning_optkit.bridge.averaged_weights import AveragedWeights
 from lightning_optkit.bridge.cadence import logger_step
 from lightning_optkit.bridge.optimizer_steps import StepWatch
-from lightning_optkit.bridge.probe import require_batch_step
 from lightning_optkit.bridge.reduce import require_whole_parameters, sum_over_ranks
 from lightning_optkit.bridge.report import report
 from lightning_optkit.bridge.sharding import resharded_after
-from lightning_optkit.bridge.statistics_pass import StatisticsPass, statistics_names
 from lightning_optkit.methods.averaging import RunningAverage, Share
 
 __all__ = ["AveragingCallback", "RefreshNormStats", "Stage", "span"]
 
 Stage = Literal["validate", "test", "predict"]
-RefreshNormStats = bool | int | Literal["layerwise"]
 
 _STAGES = ("validate", "test", "predict")
 
@@ -80,7 +77,7 @@ class AveragingCallback(pl.Callback, ABC):
         self.use_for = frozenset(use_for)
         self._share = share
         self._device = None if device is None else torch.device(device)
-        self._pass = _statistics_pass(refresh_norm_stats)
+        self._statistics = AverageStatistics(refresh_norm_stats, owner=type(self).__name__)
         self._thorough = thorough
         self._watch = StepWatch()
         self._agreement = _Agreement(None)
@@ -90,13 +87,11 @@ class AveragingCallback(pl.Callback, ABC):
     def _start_anew(self) -> None:
         """Forget an earlier run, in ``setup``."""
         self._watch.start()
+        self._statistics.start_anew()
         self._weights: AveragedWeights | None = None
         self._is_lent = False  # in the module for a stage that runs now
         self._is_interrupted = False  # by an exception: nothing is run any more
         self._is_in_file = False  # in the checkpoint that is loaded
-        self._rehearses = False  # before the next batch
-        self._statistics_are_of = 0  # models in the average when the statistics were taken
-        self._num_samples = 0  # in that pass
         self._num_left_out = 0  # models that were not finite
         self._span: list[tuple[int, int]] = []  # epoch and step of the first and the last model
 
@@ -144,7 +139,7 @@ class AveragingCallback(pl.Callback, ABC):
         if trainer is not None and trainer.world_size == 1:  # others may not be asked for theirs
             self._refresh(trainer, pl_module)
         if not weights.is_in_module:
-            self._warn_of_statistics()
+            self._statistics.warn_unless_its_own(weights)
         with weights.in_module():
             yield
 
@@ -177,23 +172,15 @@ class AveragingCallback(pl.Callback, ABC):
     @property
     def summary(self) -> str:
         """What is in the average, in a line."""
-        if self.num_averaged == 0:
+        if self._weights is None or self.num_averaged == 0:
             return f"{type(self).__name__}: nothing averaged"
         models = "1 model" if self.num_averaged == 1 else f"{self.num_averaged:,} models"
         line = f"{type(self).__name__}: average of {models}, {self._span_of(*self._span)}"
         if self._num_left_out:
             line += f", {self._num_left_out:,} left out that were not finite"
-        if statistics := self._origin_of_statistics():
+        if statistics := self._statistics.origin(self._weights):
             line += f"; normalization statistics {statistics}"
         return line
-
-    def _origin_of_statistics(self) -> str:
-        """Return where the statistics of norm layers are from, if they are taken anew."""
-        if self._weights is None or not self._refreshes(self._weights.module):
-            return ""
-        if self._statistics_are_of == self.num_averaged:
-            return f"from {self._num_samples:,} samples"
-        return "of an earlier average" if self._statistics_are_of else "of the last model"
 
     # -- training ------------------------------------------------------------------------------
 
@@ -214,25 +201,20 @@ class AveragingCallback(pl.Callback, ABC):
         self._state_dict_of_average = StateDictOfAverage(
             trainer.strategy, self._weights, partial(self._is_collected, trainer, pl_module)
         )
-        self._rehearses = self._refreshes(pl_module)
-        if self._rehearses:
-            require_batch_step(pl_module)
+        self._statistics.require_step(pl_module)
         self._make_up_for_interruption(trainer)
 
     def _new_weights(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> AveragedWeights:
         self._agreement.trainer = trainer
         average = RunningAverage(self._share, device=self._device, agreed=self._agreement)
-        apart = statistics_names(pl_module) if self._refreshes(pl_module) else []
-        return AveragedWeights(pl_module, average, apart=apart)
+        return AveragedWeights(pl_module, average, apart=self._statistics.names(pl_module))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx == 0 and self._weights is not None:  # what others did as the epoch began
             self._weights.look_again()
-        if self._rehearses:  # now that the module's hooks have prepared it for a step
-            self._rehearses = False
-            self._rehearse(trainer, pl_module)
+        self._statistics.rehearse_once(trainer, pl_module)
 
     def on_train_batch_end(
         self,
@@ -265,7 +247,7 @@ class AveragingCallback(pl.Callback, ABC):
             )
         elif "validate" in self.use_for and self._weights is not None and self._is_usable():
             if not self._weights.is_in_module:
-                self._warn_of_statistics()
+                self._statistics.warn_unless_its_own(self._weights)
                 self._weights.swap()
             rank_zero_info(f"{self.summary}. The module holds the average.")
         else:
@@ -339,63 +321,12 @@ class AveragingCallback(pl.Callback, ABC):
             "distance": self._weights.distance(sum_over_ranks(trainer)),
         }
 
-    # -- norm layers ---------------------------------------------------------------------------
-
-    def _refreshes(self, module: nn.Module) -> bool:
-        return self._pass is not None and bool(statistics_names(module))
-
     def _refresh(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the statistics of the average, unless they are its already."""
-        if self._pass is None or self._weights is None or not self._refreshes(pl_module):
+        """Take the statistics of norm layers for the average, unless they are its already."""
+        if self._weights is None or self._is_interrupted:
             return
-        if self._statistics_are_of == self.num_averaged or self._weights.is_in_module:
-            return
-        if self._is_interrupted or not self._is_usable():
-            return
-        if self._statistics_are_of == 0:  # a first, perhaps long, silence
-            rank_zero_info(
-                f"{type(self).__name__}: going over the training data for the statistics of norm "
-                "layers; again for each use of a new average."
-            )
-        try:
-            with self._weights.in_module():
-                statistics = self._pass.statistics(trainer, pl_module)
-        except Exception as error:
-            if trainer.world_size > 1:  # others may wait for this one
-                raise
-            rank_zero_warn(
-                f"`{type(self).__name__}` could not take the statistics of norm layers for its "
-                f"average, which keeps those {self._origin_of_statistics()}; training goes on. "
-                f"{type(error).__name__}: {error}"
-            )
-            return
-        self._weights.statistics = statistics
-        self._statistics_are_of = self.num_averaged
-        self._num_samples = self._pass.num_samples
-
-    def _warn_of_statistics(self) -> None:
-        """Say so where the average is about to be used with statistics that are not its own."""
-        statistics = self._origin_of_statistics()
-        if statistics and self._statistics_are_of != self.num_averaged:
-            rank_zero_warn(
-                f"The average of `{type(self).__name__}` is used with normalization statistics "
-                f"{statistics}, because training was interrupted or their pass failed. Validate "
-                "within `fit`, or let it end, to have them taken anew."
-            )
-
-    def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Run the step as the pass will, so that what cannot be run raises before training."""
-        assert self._pass is not None
-        try:
-            self._pass.rehearse(trainer, pl_module)
-        except MisconfigurationException:
-            raise
-        except Exception as error:
-            raise MisconfigurationException(
-                "`training_step` must run once more for the statistics of norm layers, and did "
-                f"not. {type(error).__name__}: {error} Pass `refresh_norm_stats=False`, which "
-                "averages them, or have `lightning_optkit.is_probing()` skip what fails."
-            ) from error
+        if self._statistics.are_due(self._weights) and self._is_usable():
+            self._statistics.refresh(trainer, pl_module, self._weights)
 
     # -- stages that run on the average --------------------------------------------------------
 
@@ -434,7 +365,7 @@ class AveragingCallback(pl.Callback, ABC):
             if fitting:
                 _broadcast_as_ddp_would(trainer)
                 self._share_buffers(trainer)
-            self._warn_of_statistics()
+            self._statistics.warn_unless_its_own(self._weights)
             self._is_lent = True  # before, lest an interruption comes between
             self._weights.swap()
 
@@ -521,8 +452,7 @@ class AveragingCallback(pl.Callback, ABC):
             "weights": weights,
             "watch": self._watch.state_dict(),
             "span": self._span,
-            "statistics_are_of": self._statistics_are_of,
-            "num_samples": self._num_samples,
+            "statistics": self._statistics.state_dict(),
             "num_left_out": self._num_left_out,
         }
 
@@ -530,8 +460,7 @@ class AveragingCallback(pl.Callback, ABC):
         """Go on from a state; called before Lightning's `load_state_dict`, which does nothing."""
         self._watch.load_state_dict(state_dict["watch"])
         self._span = [(epoch, step) for epoch, step in state_dict["span"]]
-        self._statistics_are_of = state_dict["statistics_are_of"]
-        self._num_samples = state_dict["num_samples"]
+        self._statistics.load_state_dict(state_dict["statistics"])
         self._num_left_out = state_dict["num_left_out"]
 
     def on_load_checkpoint(
@@ -566,20 +495,6 @@ def span(unit: str, first: int, last: int) -> str:
         ('epochs 30–41', 'step 5,000')
     """
     return f"{unit} {first:,}" if first == last else f"{unit}s {first:,}–{last:,}"
-
-
-def _statistics_pass(refresh_norm_stats: RefreshNormStats) -> StatisticsPass | None:
-    if refresh_norm_stats is False:
-        return None
-    layerwise = refresh_norm_stats == "layerwise"
-    if not (layerwise or (isinstance(refresh_norm_stats, int) and refresh_norm_stats >= 1)):
-        raise ValueError(
-            "`refresh_norm_stats` must be True, False, a number of batches or 'layerwise', got "
-            f"{refresh_norm_stats!r}. `True` takes all training data."
-        )
-    takes_all = layerwise or refresh_norm_stats is True
-    num_batches = None if takes_all else int(refresh_norm_stats)
-    return StatisticsPass(num_batches=num_batches, layerwise=layerwise, seed=0)
 
 
 def _broadcast_as_ddp_would(trainer: pl.Trainer) -> None:

@@ -283,7 +283,7 @@ def test_a_run_that_only_keeps_the_average_leaves_no_trace(module_name, precisio
     with_it = run(module_name, [swa], tmp_path / "with", precision=precision)
     assert_same(without, with_it)
     assert swa.num_averaged == 2
-    assert bool(swa._num_samples) is (module_name == "classifier")
+    assert bool(swa._statistics._num_samples) is (module_name == "classifier")
 
 
 # -- the learning rate -------------------------------------------------------------------------
