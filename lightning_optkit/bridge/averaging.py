@@ -430,7 +430,8 @@ class AveragingCallback(pl.Callback, ABC):
 
     def _is_collected(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Return the same, with the statistics of the average up to date."""
-        if not self._is_interrupted:
+        # a cluster's signal may ask for a checkpoint in the midst of a step, where no other can run
+        if (pl_module._current_fx_name or "").startswith("on_"):
             self._refresh(trainer, pl_module)
         in_checkpoint = self._in_checkpoint()
         if in_checkpoint:  # a folder may hold a buffer of any rank

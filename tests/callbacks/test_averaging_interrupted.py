@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from lightning_optkit import EMA, SWA, is_probing
+from lightning_optkit import EMA, SWA, is_probing, load_averaged, load_raw
 from lightning_optkit.bridge.exchange import Exchange
 from tests.callbacks.averaging_modules import (
     BATCHES,
@@ -485,6 +485,33 @@ def test_a_stage_that_finds_no_average_of_its_own_says_so(kind, fits, tmp_path):
 
 @both
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint:UserWarning")
+class SavesInTheStep(Net):
+    """As a signal of a cluster does, which may come at any time."""
+
+    def __init__(self, path):
+        super().__init__(norm=True)
+        self.path = path
+        self.num_calls = 0
+
+    def training_step(self, batch, batch_idx):
+        self.num_calls += 1
+        if not is_probing() and self.global_step == 15:
+            self.trainer.save_checkpoint(self.path)
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_checkpoint_in_the_midst_of_a_step_runs_no_pass(tmp_path):
+    path, module = tmp_path / "step.ckpt", SavesInTheStep(tmp_path / "step.ckpt")
+    swa = SWA(start=1, every_n_steps=4)  # whose average is new at step 15, and not validated on
+    fit(module, swa, val=False)
+    assert load_averaged(path)["net.1.weight"].isfinite().all()
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    raw = load_raw(path)
+    assert_same(saved["net.0.running_mean"], raw["net.0.running_mean"])  # those of the last model
+    assert not torch.equal(saved["net.1.weight"], raw["net.1.weight"])
+    assert module.num_calls == 18  # what a pass adds is put back
+
+
 def test_a_state_is_found_whatever_its_key_says_in_other_words(kind, tmp_path):
     whole, longer, callback = Net(norm=True), Snapshots(), CALLBACKS[kind]()
     path = checkpoint_of(fit(Net(norm=True), CALLBACKS[kind]()), tmp_path)
