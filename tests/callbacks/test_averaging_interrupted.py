@@ -483,8 +483,6 @@ def test_a_stage_that_finds_no_average_of_its_own_says_so(kind, fits, tmp_path):
     assert not any("average" in message for message in messages), messages
 
 
-@both
-@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint:UserWarning")
 class SavesInTheStep(Net):
     """As a signal of a cluster does, which may come at any time."""
 
@@ -512,6 +510,8 @@ def test_a_checkpoint_in_the_midst_of_a_step_runs_no_pass(tmp_path):
     assert module.num_calls == 18  # what a pass adds is put back
 
 
+@both
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint:UserWarning")
 def test_a_state_is_found_whatever_its_key_says_in_other_words(kind, tmp_path):
     whole, longer, callback = Net(norm=True), Snapshots(), CALLBACKS[kind]()
     path = checkpoint_of(fit(Net(norm=True), CALLBACKS[kind]()), tmp_path)
