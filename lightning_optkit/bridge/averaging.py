@@ -76,7 +76,7 @@ class AveragingCallback(pl.Callback, ABC):
         self._event = tags.AVERAGING_EVENT if name is None else f"{tags.AVERAGING_EVENT}_{name}"
         self.use_for = frozenset(use_for)
         self._share = share
-        self._device = None if device is None else torch.device(device)
+        self._device = _device_of(device)
         self._statistics = AverageStatistics(refresh_norm_stats, owner=type(self).__name__)
         self._thorough = thorough
         self._watch = StepWatch()
@@ -496,6 +496,18 @@ def span(unit: str, first: int, last: int) -> str:
         ('epochs 30–41', 'step 5,000')
     """
     return f"{unit} {first:,}" if first == last else f"{unit}s {first:,}–{last:,}"
+
+
+def _device_of(device: torch.device | str | None) -> torch.device | None:
+    if device is None:
+        return None
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"`device` must be one of torch's, such as 'cpu' or 'cuda:0', got {device!r}. `None` "
+            "keeps the average where the weights are."
+        ) from error
 
 
 def _broadcast_as_ddp_would(trainer: pl.Trainer) -> None:

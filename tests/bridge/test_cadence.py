@@ -148,6 +148,7 @@ def test_overhead_is_the_share_of_wall_time():
             "At most one of .* got every_n_steps=1 and every_n_epochs=2",
         ),
         ({"every_n_steps": 0}, "`every_n_steps` must be an integer of at least 1, got 0"),
+        ({"every_n_epochs": True}, "`every_n_epochs` must be an integer of at least 1, got True"),
         ({"every_n_epochs": -1}, "`every_n_epochs` must be an integer of at least 1, got -1"),
         ({"every_n_steps": 1, "max_overhead": 0.0}, r"`max_overhead` must be a share.*got 0\.0"),
         ({"every_n_steps": 1, "max_overhead": 5.0}, "`max_overhead` must be a share"),
