@@ -63,12 +63,12 @@ class AveragingCallback(pl.Callback, ABC):
         thorough: bool,
     ) -> None:
         is_sequence = isinstance(use_for, Sequence) and not isinstance(use_for, str)
-        if not is_sequence or not set(use_for) <= set(_STAGES):
+        if not is_sequence or not all(stage in _STAGES for stage in use_for):
             raise ValueError(
                 f"`use_for` must be a tuple of {', '.join(map(repr, _STAGES))}, got {use_for!r}. "
                 "Write `use_for=('validate', 'test')`, or `()` to only keep the average."
             )
-        if name is not None and not re.fullmatch(r"[a-z0-9_]+", name):
+        if name is not None and not re.fullmatch(r"[a-z0-9_]+", str(name)):
             raise ValueError(
                 f"`name` must be snake_case, such as 'slow', got {name!r}. It becomes part of tags."
             )
@@ -241,9 +241,12 @@ class AveragingCallback(pl.Callback, ABC):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hand the average over, after all that looks at the end of training."""
         if self.num_averaged == 0:
+            reason = "training ended before it began. Let it begin earlier"
+            if self._num_left_out:
+                reason = "no weights were finite when it was due. Lower the learning rate"
             rank_zero_warn(
-                f"`{type(self).__name__}` averaged nothing, because training ended before it "
-                "began. The module keeps its trained weights. Let it begin earlier."
+                f"`{type(self).__name__}` averaged nothing, and the module keeps its trained "
+                f"weights: {reason}."
             )
         elif "validate" in self.use_for and self._weights is not None and self._is_usable():
             if not self._weights.is_in_module:
@@ -298,8 +301,8 @@ class AveragingCallback(pl.Callback, ABC):
             self._num_left_out += 1
             if self._num_left_out == 1:
                 rank_zero_warn(
-                    f"`{type(self).__name__}` leaves out the weights after step {step}, which are "
-                    "not finite, and all such to come. Lower the learning rate."
+                    f"`{type(self).__name__}` leaves out the weights after step {step + 1:,}, which "
+                    "are not finite, and all such to come. Lower the learning rate."
                 )
             return
         now = (trainer.current_epoch if epoch is None else epoch, step)

@@ -8,6 +8,7 @@ from functools import partial
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_optkit.bridge.arguments import is_number
 from lightning_optkit.bridge.optimizer_steps import Rate, RateInStep
 from lightning_optkit.methods.averaging_rates import annealed_share, cyclic_share
 
@@ -31,7 +32,7 @@ class AveragingRate:
         self, lr: float | Sequence[float], *, anneal_epochs: float, cycle: int | None
     ) -> None:
         self._lrs = [lr] if not isinstance(lr, Sequence) else list(lr)
-        if not self._lrs or not all(_is_rate(each) for each in self._lrs):
+        if not self._lrs or not all(is_number(each) and each >= 0 for each in self._lrs):
             raise ValueError(
                 "`lr` must be a number of at least 0, or a list of one for each parameter group, "
                 f"got {lr!r}. Write `lr=0.01`, or `None` to leave the rate to your schedule."
@@ -80,7 +81,3 @@ class AveragingRate:
             return scheduled
         share = self._share(self.epochs)
         return (1 - share) * scheduled + share * lr  # without rounding at both ends
-
-
-def _is_rate(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0

@@ -9,6 +9,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lightning_optkit.bridge.arguments import is_count
+
 __all__ = ["Cadence", "logger_step"]
 
 
@@ -59,8 +61,7 @@ class Cadence:
         if every_n_steps is None and every_n_epochs is None:
             every_n_epochs = 1
         for name, period in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
-            is_count = isinstance(period, int) and not isinstance(period, bool)
-            if period is not None and not (is_count and period >= 1):
+            if period is not None and not is_count(period, least=1):
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {period!r}.")
         if max_overhead is not None and not 0 < max_overhead <= 1:
             raise ValueError(

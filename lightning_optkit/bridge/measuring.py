@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_optkit.board.tags import tag
+from lightning_optkit.bridge.arguments import is_count
 from lightning_optkit.bridge.held_batches import HeldBatch, draw_batches
 from lightning_optkit.bridge.probe import (
     Probe,
@@ -73,7 +74,7 @@ class MeasuringCallback(pl.Callback):
             )
         if num_batches is None and data is None:
             raise ValueError("`num_batches` must be a number unless `data=` is given, got None.")
-        if num_batches is not None and (not isinstance(num_batches, int) or num_batches < 1):
+        if num_batches is not None and not is_count(num_batches, least=1):
             raise ValueError(
                 f"`num_batches` must be an integer of at least 1, got {num_batches!r}."
             )

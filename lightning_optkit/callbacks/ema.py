@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_optkit.bridge.arguments import is_count, is_number
 from lightning_optkit.bridge.averaging import AveragingCallback, RefreshNormStats, Stage, span
 from lightning_optkit.methods.averaging import decay_of_half_life, exponential_share
 
@@ -80,7 +81,7 @@ class EMA(AveragingCallback):
         device: torch.device | str | None = None,
         name: str | None = None,
     ) -> None:
-        if not _is_count(every_n_steps, least=1):
+        if not is_count(every_n_steps, least=1):
             raise ValueError(
                 f"`every_n_steps` must be an integer of at least 1, got {every_n_steps!r}. 1 is "
                 "every step."
@@ -95,7 +96,7 @@ class EMA(AveragingCallback):
             thorough=False,
         )
         for key, value in (("start_step", start_step), ("start_epoch", start_epoch)):
-            if not _is_count(value, least=0):
+            if not is_count(value, least=0):
                 raise ValueError(
                     f"`{key}` must be an integer of at least 0, got {value!r}. 0 is at once."
                 )
@@ -148,7 +149,7 @@ def _is_trial(trainer: pl.Trainer) -> bool:
 def _decay(decay: float | None, half_life: float | None, every_n_steps: int) -> float:
     if half_life is None:
         decay = 0.999 if decay is None else decay
-        if not _is_number(decay) or not 0 <= decay < 1:
+        if not is_number(decay) or not 0 <= decay < 1:
             raise ValueError(
                 f"`decay` must be in [0, 1), such as 0.999, got {decay!r}. The higher, the slower "
                 "it forgets."
@@ -159,17 +160,9 @@ def _decay(decay: float | None, half_life: float | None, every_n_steps: int) -> 
             f"At most one of `decay` and `half_life` must be given, got decay={decay} and "
             f"half_life={half_life}. Leave one of them out."
         )
-    if not _is_number(half_life) or not 0 < half_life < math.inf:
+    if not is_number(half_life) or not 0 < half_life < math.inf:
         raise ValueError(
             f"`half_life` must be a positive number of steps, such as 500, got {half_life!r}. Near "
             "0 it forgets at once."
         )
     return decay_of_half_life(half_life, every=every_n_steps)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_count(value: object, *, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

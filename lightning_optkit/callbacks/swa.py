@@ -10,6 +10,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 
+from lightning_optkit.bridge.arguments import is_count, is_number
 from lightning_optkit.bridge.averaging import AveragingCallback, RefreshNormStats, Stage, span
 from lightning_optkit.bridge.averaging_rate import AveragingRate
 from lightning_optkit.bridge.cadence import Cadence
@@ -96,12 +97,12 @@ class SWA(AveragingCallback):
                 f"`average` must be 'uniform' or 'polynomial', got {average!r}. The second gives "
                 "later models more weight."
             )
-        if not eta >= 0:
+        if not is_number(eta) or not eta >= 0:
             raise ValueError(f"`eta` must be at least 0, got {eta!r}. 0 is the plain mean.")
         self._start = Start(start)
         self._every_n_steps, self._every_n_epochs = _periods(every_n_steps, every_n_epochs, cycle)
         self._cycle = cycle
-        if not isinstance(anneal_epochs, (int, float)) or not anneal_epochs >= 0:
+        if not is_number(anneal_epochs) or not anneal_epochs >= 0:
             raise ValueError(
                 f"`anneal_epochs` must be a number of at least 0, got {anneal_epochs!r}. 0 is at "
                 "once."
@@ -213,8 +214,11 @@ def _periods(
     cadence = Cadence(every_n_steps=every_n_steps, every_n_epochs=every_n_epochs)
     if cycle is None:
         return cadence.every_n_steps, cadence.every_n_epochs
-    if not isinstance(cycle, int) or cycle < 1:
-        raise ValueError(f"`cycle` must be an integer of at least 1, in epochs, got {cycle!r}.")
+    if not is_count(cycle, least=1):
+        raise ValueError(
+            f"`cycle` must be an integer of at least 1, in epochs, got {cycle!r}. `None` goes to "
+            "`lr` once and stays."
+        )
     period = cycle if every_n_epochs is None else every_n_epochs
     if every_n_steps is not None or period % cycle:
         raise ValueError(

@@ -198,7 +198,7 @@ def test_the_last_step_is_in_the_average_however_the_run_ends(callbacks, options
 
 def test_a_run_that_ends_before_start_keeps_its_trained_weights_and_says_so():
     ema, snapshots, module = EMA(start_epoch=5), Snapshots(), Net()
-    with warned("`EMA` averaged nothing, because training ended before it began"):
+    with warned("`EMA` averaged nothing, and .* weights: training ended before it began"):
         fit(module, ema, snapshots, StopsAfter(2), epochs=20)
     assert_close(weights_of(module), snapshots.at_end, atol=0)
     assert ema.summary == "EMA: nothing averaged"
@@ -434,7 +434,7 @@ class Spoils(pl.Callback):
 
 def test_a_model_that_is_not_finite_is_left_out_with_a_warning():
     ema, snapshots, module = EMA(0.8, warmup=False), Snapshots(), Net()
-    with warned("`EMA` leaves out the weights after step 7, which are not finite"):
+    with warned("`EMA` leaves out the weights after step 8, which are not finite"):
         fit(module, Spoils(7), ema, snapshots, precision="64-true")
     models = [m for step, m in enumerate(snapshots.by_step) if step != 7]
     assert_close(weights_of(module), ema_of(models, 0.8), atol=1e-12)
@@ -621,3 +621,10 @@ def test_a_trial_run_of_one_batch_averages_whatever_the_start(tmp_path):
     for callback in (EMA(start_step=500), EMA(start_epoch=50), SWA(start=30), SWA(start="99st")):
         fit(Net(), callback, fast_dev_run=True)
         assert callback.num_averaged == 1
+
+
+@pytest.mark.parametrize("callback", [EMA(), SWA(start=0.3)], ids=["EMA", "SWA"])
+def test_a_run_whose_weights_are_never_finite_is_told_why_nothing_was_averaged(callback):
+    with warned("its trained weights: no weights were finite when it was due. Lower the learning"):
+        fit(Net(optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=float("inf"))), callback)
+    assert callback.num_averaged == 0

@@ -189,7 +189,7 @@ def test_a_run_of_one_epoch_gives_its_weights():
 
 def test_a_run_that_ends_before_start_keeps_its_trained_weights_and_says_so():
     swa, snapshots, module = SWA(start=10), Snapshots(), Net()
-    with warned("`SWA` averaged nothing, because training ended before"):
+    with warned("`SWA` averaged nothing, and .* its trained weights: training ended before"):
         fit(module, swa, snapshots, StopsAfter(2), epochs=20)
     assert_close(weights_of(module), snapshots.at_end, atol=0)
     assert differs(weights_of(module), weights_of(initialised(Net())))
@@ -776,7 +776,7 @@ class Spoils(pl.Callback):
 
 def test_a_model_that_is_not_finite_is_left_out_with_a_warning():
     swa, snapshots, module = SWA(start=0), Snapshots(), Net()
-    with warned("`SWA` leaves out the weights after step 11, which are"):
+    with warned("`SWA` leaves out the weights after step 12, which are"):
         fit(module, Spoils(1), swa, snapshots, precision="64-true", val=False)
     assert_close(weights_of(module), mean_of(epochs_of(snapshots, [0, 2])), atol=1e-12)
     assert "average of 2 models, epochs 0–2, 1 left out that were not finite" in swa.summary
@@ -906,6 +906,10 @@ def test_an_average_in_half_precision_is_resumed(tmp_path):
         ),
         ({"lr": -0.1}, ValueError, "`lr` must be a number of at least 0, or a list of one"),
         ({"lr": []}, ValueError, "`lr` must be a number of at least 0"),
+        ({"eta": "3"}, ValueError, "`eta` must be at least 0, got '3'"),
+        ({"anneal_epochs": True}, ValueError, "`anneal_epochs` must be a number of at least 0"),
+        ({"cycle": True, "lr": 0.1}, ValueError, "`cycle` must be an integer of at least 1"),
+        ({"use_for": (["test"],)}, ValueError, "`use_for` must be a tuple of"),
         ({"lr": "0.1"}, ValueError, "`lr` must be a number of at least 0"),
         (
             {"anneal_epochs": -1},
