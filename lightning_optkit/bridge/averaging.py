@@ -301,8 +301,8 @@ class AveragingCallback(pl.Callback, ABC):
             self._num_left_out += 1
             if self._num_left_out == 1:
                 rank_zero_warn(
-                    f"`{type(self).__name__}` leaves out the weights after step {step + 1:,}, which "
-                    "are not finite, and all such to come. Lower the learning rate."
+                    f"`{type(self).__name__}` leaves out the weights after step {step + 1:,}, "
+                    "which are not finite, and all such to come. Lower the learning rate."
                 )
             return
         now = (trainer.current_epoch if epoch is None else epoch, step)
