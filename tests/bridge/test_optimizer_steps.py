@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import inspect
 import itertools
@@ -14,7 +15,7 @@ from torch.nn.functional import mse_loss
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_optkit.bridge.optimizer_steps import RateInStep, StepWatch
+from lightning_optkit.bridge.optimizer_steps import RateInStep, StepWatch, UpdateInStep
 from tests.contracts import assert_resumes, assert_same
 
 BATCHES = 8
@@ -937,3 +938,168 @@ def test_an_optimizer_without_a_rate_can_be_watched_but_not_ruled():
     assert watch.num_steps == [2 * BATCHES]
     with pytest.raises(MisconfigurationException, match=r"Optimizer 0 \(WithoutRate\) must have"):
         fit(Net(lambda m: WithoutRate(m.parameters())), Rules(times(0.5)))
+
+
+# -- some optimizers, and roles ----------------------------------------------------------------
+
+
+def test_only_the_optimizers_that_are_named_are_ruled():
+    halved = times(0.5)
+    module = Manual(seen, seen, step=lambda module, backward: steps_both(module, backward))
+    attach_to_second = Rules()
+    attach_to_second.on_train_start = lambda trainer, _: halved.attach(trainer, [1])
+    trainer = fit(module, attach_to_second, epochs=1)
+    first, second = trainer.optimizers
+    assert first.seen == [[0.1, 0.03]] * BATCHES
+    assert second.seen == [[0.05, 0.015]] * BATCHES
+    assert halved.effective == [[], [0.05, 0.015]]
+    halved.detach()
+
+
+def steps_both(module, backward):
+    for optimizer in module.optimizers():
+        backward()
+        optimizer.step()
+
+
+def test_two_in_one_role_are_refused_and_leave_nothing():
+    first, second = (RateInStep(lambda i, j, rate: rate, role="warmup") for _ in range(2))
+    other = times(0.5)
+    module = Net(seen)
+    with pytest.raises(MisconfigurationException, match="Optimizer 0 must have one warmup of its"):
+        fit(module, Rules(first, other, second))
+    for each in (first, other, second):
+        each.detach()
+    assert "step" not in vars(module.trainer.optimizers[0])
+
+
+def test_shown_rates_are_those_of_the_coming_step_and_change_nothing():
+    class Looks(Attends):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            group = trainer.optimizers[0].param_groups[0]
+            before, used = group["lr"], self.rates.effective
+            with self.rates.shown(), other.shown():  # twice is once
+                self.looked.append(group["lr"])
+            assert (group["lr"], self.rates.effective) == (before, used)
+            with pytest.raises(KeyError), self.rates.shown():
+                raise KeyError
+            assert group["lr"] == before
+
+    looks, other = Looks(), times(0.5)
+    looks.looked = []
+    module = Net(seen, lambda o: lr_scheduler.ExponentialLR(o, 0.9))
+    trainer = fit(module, looks, Rules(other))
+    assert looks.looked == [rates[0] for rates in trainer.optimizers[0].seen]
+    assert len(set(looks.looked)) == 2 * BATCHES
+
+
+# -- around an update --------------------------------------------------------------------------
+
+
+class Surrounds(pl.Callback):
+    """Notes what it finds around each update."""
+
+    def __init__(self, name="it", around=None, diary=None):
+        self.name = name
+        self.diary = [] if diary is None else diary
+        self.update = UpdateInStep(around or self.around)
+
+    @contextlib.contextmanager
+    def around(self, i, optimizer):
+        assert not torch.is_grad_enabled()
+        p = optimizer.param_groups[0]["params"][0]
+        before, gradient = p.clone(), p.grad.clone()
+        lr = optimizer.param_groups[0]["lr"]
+        self.diary.append((self.name, "begin", i, lr))
+        yield
+        assert optimizer.param_groups[0]["lr"] == lr
+        assert torch.equal(p.grad, gradient)
+        self.diary.append((self.name, "end", i, not torch.equal(p, before)))
+
+    def on_train_start(self, trainer, pl_module):
+        self.update.attach(trainer)
+
+    def on_train_end(self, trainer, pl_module):
+        self.update.detach()
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_an_update_is_surrounded_without_its_closure_at_the_rate_of_the_step(accumulate):
+    diary = []
+    inner, outer = Surrounds("inner", diary=diary), Surrounds("outer", diary=diary)
+    module = Net(seen)
+    module.training_step = lambda batch, i, step=module.training_step: (
+        diary.append("closure"),
+        step(batch, i),
+    )[1]
+    trainer = fit(
+        module, outer, Rules(times(0.5)), inner, epochs=1, accumulate_grad_batches=accumulate
+    )
+    begin, end = [("begin", 0, 0.05)], [("end", 0, True)]
+    a_step = [("outer", *begin[0]), ("inner", *begin[0]), ("inner", *end[0]), ("outer", *end[0])]
+    assert [each for each in diary if each != "closure"] == a_step * trainer.global_step
+    assert diary[: accumulate + 4] == ["closure"] * accumulate + a_step
+    assert "step" not in vars(trainer.optimizers[0])
+
+
+def test_lbfgs_makes_an_update_after_each_closure():
+    around = Surrounds()
+    calls = []
+    module = Net(lambda m: torch.optim.LBFGS(m.parameters(), lr=0.1, max_iter=3))
+    module.training_step = lambda batch, i, step=module.training_step: (
+        calls.append(i),
+        step(batch, i),
+    )[1]
+    around.update._around = counted(begun := [], ended := [])
+    fit(module, around, epochs=1)
+    assert len(begun) == len(ended) == len(calls) > BATCHES
+
+
+def counted(begun, ended):
+    @contextlib.contextmanager
+    def around(i, optimizer):
+        begun.append(i)
+        try:
+            yield
+        finally:
+            ended.append(i)
+
+    return around
+
+
+@pytest.mark.parametrize("where", ["update", "closure", "begin", "end"])
+def test_a_failure_reaches_what_surrounds_it_and_is_raised(where):
+    module = nn.Linear(2, 1)
+    optimizer = (Fails if where == "update" else Seen)(module.parameters(), lr=0.1)
+    optimizer.seen = [None] * 2  # the next is the third step
+    told = []
+
+    @contextlib.contextmanager
+    def around(i, optimizer):
+        if where == "begin":
+            raise RuntimeError("begin")
+        try:
+            yield
+        except RuntimeError as error:
+            told.append(str(error))
+            raise
+        if where == "end":
+            raise RuntimeError("end")
+
+    def closure():
+        if where == "closure":
+            raise RuntimeError("closure")
+        module(torch.ones(1, 2)).sum().backward()
+
+    update, rates = UpdateInStep(around), times(0.5)
+    trainer = pl.Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
+    trainer.strategy.optimizers = [optimizer]
+    update.attach(trainer)
+    rates.attach(trainer)
+    with pytest.raises(RuntimeError, match="out of memory" if where == "update" else where):
+        optimizer.step(closure)
+    assert bool(told) == (where == "update")
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    update.detach()
+    rates.detach()
+    assert "step" not in vars(optimizer)
