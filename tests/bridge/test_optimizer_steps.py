@@ -945,7 +945,7 @@ def test_an_optimizer_without_a_rate_can_be_watched_but_not_ruled():
 
 def test_only_the_optimizers_that_are_named_are_ruled():
     halved = times(0.5)
-    module = Manual(seen, seen, step=lambda module, backward: steps_both(module, backward))
+    module = Manual(seen, seen, step=steps_both)
     attach_to_second = Rules()
     attach_to_second.on_train_start = lambda trainer, _: halved.attach(trainer, [1])
     trainer = fit(module, attach_to_second, epochs=1)
