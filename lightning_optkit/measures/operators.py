@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -14,15 +13,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lightning_optkit.measures.errors import CurvatureError
-from lightning_optkit.measures.gradient_graph import Forward, GradientGraph, LossFn, split
+from lightning_optkit.measures.gradient_graph import GradientGraph, LossFn, split
 from lightning_optkit.measures.lanczos import rounding_noise
-from lightning_optkit.measures.precision import full_precision
+from lightning_optkit.measures.loss_surface import LossSurface, Reduce
 from lightning_optkit.measures.self_check import check_products
 
 __all__ = ["HessianOperator", "LossFn"]
-
-Reduce = Callable[[Tensor], Tensor]
 
 # Steps of all optimizers so far: fused ones move parameters without counting up `_version`.
 _optimizer_steps: Counter[str] = Counter()
@@ -31,7 +27,7 @@ register_optimizer_step_post_hook(lambda *_: _optimizer_steps.update(["all"]))
 _DENSE_BLOCK = 16  # columns per batched product: more cost memory and save no time
 
 
-class HessianOperator:
+class HessianOperator(LossSurface):
     r"""The Hessian of a loss in its parameters, as a symmetric operator.
 
     For batches :math:`b` with losses :math:`L_b(\theta)` and weights :math:`w_b`,
@@ -81,20 +77,9 @@ class HessianOperator:
         reduce: Reduce | None = None,
         self_check: bool = True,
     ) -> None:
-        self._loss_fns: list[LossFn] = [loss_fn] if callable(loss_fn) else list(loss_fn)
-        self._params = dict(params)
-        _check_params(self._params)
+        super().__init__(loss_fn, params, weights=weights, reduce=reduce)
         if graphs not in ("cached", "lockstep"):
             raise ValueError(f"`graphs` must be 'cached' or 'lockstep', got {graphs!r}.")
-        self._reduce = reduce
-        given = self._checked_weights(weights)
-        self.total_weight = sum(given)
-        """Sum of the weights of all batches of all processes: the number of samples."""
-        if reduce is not None:
-            own = torch.tensor([sum(given)], dtype=torch.float64, device=self.device)
-            self.total_weight = float(reduce(own)[0])
-        self._weights = [w / self.total_weight for w in given]
-        self._given_weights = given
         self._graphs_kept = graphs
         self._watched = list(self._params.values())
         self._cache: list[GradientGraph] | None = [] if graphs == "cached" else None
@@ -102,8 +87,6 @@ class HessianOperator:
         self._unchecked = self_check
         self.noise = rounding_noise(self.dtype)
         """Rounding error of an eigenvalue relative to the largest; the self-check may raise it."""
-        self.failure: Exception | None = None
-        """What made products NaN on this process, where ``reduce`` kept it from being raised."""
         self.num_matvecs = 0
         """Hessian-vector products made so far, the self-check's included."""
 
@@ -111,41 +94,9 @@ class HessianOperator:
     """What a figure calls it."""
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the vectors: the widest among the parameters."""
-        dtypes = {p.dtype for p in self._params.values()}
-        return torch.float64 if torch.float64 in dtypes else torch.float32
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the vectors: the first parameter's."""
-        return next(iter(self._params.values())).device
-
-    @property
     def shape(self) -> tuple[int, int]:
         """``(n, n)``, where ``n`` is the number of parameters."""
-        n = sum(p.numel() for p in self._params.values())
-        return n, n
-
-    @property
-    def loss_fns(self) -> list[LossFn]:
-        """The loss of each batch."""
-        return list(self._loss_fns)
-
-    @property
-    def params(self) -> dict[str, Tensor]:
-        """The parameters by name."""
-        return dict(self._params)
-
-    @property
-    def weights(self) -> list[float]:
-        """The weight of each batch, as it was given."""
-        return list(self._given_weights)
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the parameters, in the order of the vectors."""
-        return list(self._params)
+        return self.num_parameters, self.num_parameters
 
     @property
     def works_in_blocks(self) -> bool:
@@ -187,19 +138,6 @@ class HessianOperator:
         return (matrix + matrix.T) / 2
 
     @torch.inference_mode(False)
-    def gradient(self, offset: Tensor | None = None) -> Tensor:
-        """Return the gradient of the weighted loss, shape ``(n,)``.
-
-        Args:
-            offset: take it at the parameters plus this vector, shape ``(n,)``.
-        """
-        if offset is None:
-            return self._sum(lambda graph: graph.gradient, shape=self.shape[:1])
-        leaves = self._leaves(offset)
-        graphs = (GradientGraph(f, leaves, create_graph=False) for f in self._loss_fns)
-        return self._sum(lambda graph: graph.gradient, shape=self.shape[:1], graphs=graphs)
-
-    @torch.inference_mode(False)
     def forward_mode_product(self, vector: Tensor) -> Tensor:
         """Return ``H @ vector`` by forward over reverse mode: slower, for comparison.
 
@@ -236,41 +174,6 @@ class HessianOperator:
         ahead, behind = self.gradient(radius * vector), self.gradient(-radius * vector)
         rounding = 4 * torch.finfo(self.dtype).eps * float(ahead.norm()) / radius
         return (ahead - behind) / (2 * radius), rounding
-
-    @torch.inference_mode(False)
-    def loss(self, offset: Tensor | None = None) -> Tensor:
-        """Return the weighted loss, a scalar.
-
-        Args:
-            offset: take it at the parameters plus this vector, shape ``(n,)``: a forward pass.
-        """
-        leaves = None if offset is None else self._leaves(offset)
-        graphs = None if leaves is None else (Forward(f, leaves) for f in self._loss_fns)
-        return self._sum(
-            lambda graph: graph.loss.to(self.device, self.dtype, copy=True), shape=(), graphs=graphs
-        )
-
-    def parameter_norm(self) -> float:
-        """Return the Euclidean norm of all parameters together."""
-        norms = [torch.linalg.vector_norm(p.detach()).cpu() for p in self._params.values()]
-        return float(torch.stack(norms).norm())
-
-    def gradient_noise(self) -> Tensor:
-        r"""Return the norm of the gradient's standard error, a scalar; NaN for a single batch.
-
-        The batches are taken as independent draws: the squared standard error of the weighted mean
-        is :math:`\sum_b w_b^2 \|g_b - g\|^2 / (1 - \sum_b w_b^2)` with normalised weights.
-        """
-        mean = self.gradient()
-        squares = self._sum(
-            lambda graph: (graph.gradient - mean).square().sum(),
-            shape=(),
-            weights=[w * w for w in self._weights],
-        )
-        own = torch.tensor([sum(w * w for w in self._weights)], dtype=self.dtype)
-        concentration = self._reduced(own.to(self.device))[0]
-        unbiased = 1 - concentration
-        return torch.where(unbiased > 1e-6, (squares / unbiased).sqrt(), torch.nan)
 
     def restricted(self, names: Collection[str]) -> HessianOperator:
         """Return the operator of a diagonal block: the other parameters are held where they are.
@@ -312,27 +215,8 @@ class HessianOperator:
 
     # -- batches ------------------------------------------------------------------------------
 
-    def _checked_weights(self, weights: Sequence[float] | None) -> list[float]:
-        given = [1.0] * len(self._loss_fns) if weights is None else [float(w) for w in weights]
-        if len(given) != len(self._loss_fns) or not given:
-            raise ValueError(
-                f"`weights` must have one entry for each of the {len(self._loss_fns)} batches, "
-                f"at least one, got {len(given)}."
-            )
-        for weight in given:
-            if not 0 < weight < math.inf:
-                raise ValueError(f"`weights` must be positive and finite, got {weight}.")
-        return given
-
     def _graph(self, loss_fn: LossFn, leaves: dict[str, Tensor]) -> GradientGraph:
         return GradientGraph(loss_fn, leaves)
-
-    def _leaves(self, offset: Tensor | None = None) -> dict[str, Tensor]:
-        leaves = {name: p.detach().requires_grad_() for name, p in self._params.items()}
-        if offset is not None:
-            for leaf, piece in zip(leaves.values(), split(offset, leaves), strict=True):
-                leaf.data = leaf.data + piece
-        return leaves
 
     def _graphs(self) -> Iterator[GradientGraph]:
         """Yield each batch's gradient graph, fresh wherever a parameter has moved."""
@@ -351,6 +235,9 @@ class HessianOperator:
                 self._cache.append(self._graph(loss_fn, self._leaves()))
             yield self._cache[i]
 
+    def _losses(self) -> Iterator[GradientGraph]:
+        return self._graphs()
+
     def _dual_graphs(self, vector: Tensor) -> Iterator[GradientGraph]:
         """Yield each batch's graph with dual leaves; a level for each, or all would stay alive."""
         for loss_fn in self._loss_fns:
@@ -365,78 +252,7 @@ class HessianOperator:
                 # with a graph: where none is asked for, some backwards take a shortcut at zeros
                 yield self._graph(loss_fn, duals)
 
-    def _sum(
-        self,
-        term: Callable[[Any], Tensor],
-        *,
-        shape: tuple[int, ...],
-        graphs: Iterable[Any] | None = None,
-        weights: Sequence[float] | None = None,
-        waits: bool = True,
-    ) -> Tensor:
-        """Return the weighted sum of ``term`` over all batches of all processes.
-
-        A process on which a term fails contributes NaN, so that no other waits for it. If the sum
-        ``waits`` for its value, all processes then raise, each its own error. A product does not
-        wait: this process goes on with NaN, all find it where they first look, and ``failure``
-        tells why.
-        """
-        total: Tensor | None = None
-        failure = self.failure
-        try:
-            if failure is None:
-                total = self._own_sum(term, graphs or self._graphs(), weights or self._weights)
-        except Exception as error:
-            if self._reduce is None:
-                raise
-            failure = error
-        if total is None:
-            total = torch.full(shape, torch.nan, dtype=self.dtype, device=self.device)
-        total = self._reduced(total)
-        if not waits:
-            self.failure = failure
-        elif failure is not None:
-            raise failure
-        elif self._reduce is not None and not bool(torch.isfinite(total).all()):
-            raise CurvatureError.not_finite()
-        return total
-
-    def _own_sum(
-        self,
-        term: Callable[[Any], Tensor],
-        graphs: Iterable[Any],
-        weights: Sequence[float],
-    ) -> Tensor:
-        """Return the weighted sum over the batches of this process."""
-        total: Tensor | None = None
-        with full_precision(self.device.type), torch.inference_mode(False), torch.enable_grad():
-            for graph, weight in zip(graphs, weights, strict=True):
-                value = term(graph).mul_(weight)  # each term is a fresh tensor
-                total = value if total is None else total.add_(value)
-        assert total is not None  # there is at least one batch
-        return total
-
-    def _reduced(self, total: Tensor) -> Tensor:
-        return total if self._reduce is None else self._reduce(total)
-
 
 def _with_held(loss_fn: LossFn, held: dict[str, Tensor], params: dict[str, Tensor]) -> Any:
     # leaves too: a loss that needs none of the block still depends on something, and is not refused
     return loss_fn({name: p.detach().requires_grad_() for name, p in held.items()} | params)
-
-
-def _check_params(params: Mapping[str, Tensor]) -> None:
-    if not params:
-        raise ValueError("`params` must hold at least one parameter, got none.")
-    for name, p in params.items():
-        if not isinstance(p, Tensor):
-            raise TypeError(f"`params[{name!r}]` must be a tensor, got {type(p).__name__}.")
-        if p.is_complex():
-            raise TypeError(f"`params[{name!r}]` must be real, got {p.dtype}: leave it out.")
-        if p.layout != torch.strided:
-            raise TypeError(f"`params[{name!r}]` must be dense, got {p.layout}: leave it out.")
-        if p.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"`params[{name!r}]` must be float32 or float64, got {p.dtype}. The noise of "
-                f"half-precision products hides most eigenvalues: cast with `.float()` first."
-            )
