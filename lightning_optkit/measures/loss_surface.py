@@ -174,6 +174,24 @@ class LossSurface:
         unbiased = 1 - concentration
         return torch.where(unbiased > 1e-6, (squares / unbiased).sqrt(), torch.nan)
 
+    def mean_over_batches(self, measure: Callable[[LossSurface], float]) -> float:
+        """Return the weighted mean, over all processes, of a measure of each batch's own loss.
+
+        With batches of m samples and a maximum for a measure this is m-sharpness (Foret et al.,
+        2021, section 4.1). It is at least the measure of all batches together: a maximum of a mean
+        is at most the mean of maxima.
+
+        Args:
+            measure: of a loss of one batch, which asks nothing of other processes.
+        """
+        alone = (LossSurface(f, self._params) for f in self._loss_fns)
+        mean = self._sum(
+            lambda each: torch.tensor(measure(each), dtype=self.dtype, device=self.device),
+            shape=(),
+            graphs=alone,
+        )
+        return float(mean)
+
     # -- batches ------------------------------------------------------------------------------
 
     def _checked_weights(self, weights: Sequence[float] | None) -> list[float]:
