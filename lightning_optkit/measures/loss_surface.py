@@ -174,6 +174,15 @@ class LossSurface:
         unbiased = 1 - concentration
         return torch.where(unbiased > 1e-6, (squares / unbiased).sqrt(), torch.nan)
 
+    def at(self, params: Mapping[str, Tensor]) -> LossSurface:
+        """Return the same loss with some of the parameters replaced."""
+        return LossSurface(
+            self._loss_fns,
+            self._params | dict(params),
+            weights=self._given_weights,
+            reduce=self._reduce,
+        )
+
     def mean_over_batches(self, measure: Callable[[LossSurface], float]) -> float:
         """Return the weighted mean, over all processes, of a measure of each batch's own loss.
 

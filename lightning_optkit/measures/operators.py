@@ -153,11 +153,11 @@ class HessianOperator(LossSurface):
                 graphs=self._dual_graphs(vector),
             )
 
-    def scaled(self, factor: float) -> HessianOperator:
-        """Return the operator at all parameters times ``factor``; it is not checked."""
+    def at(self, params: Mapping[str, Tensor]) -> HessianOperator:
+        """Return the operator with some of the parameters replaced; it is not checked."""
         return type(self)(
             self._loss_fns,
-            {name: p.detach() * factor for name, p in self._params.items()},
+            self._params | dict(params),
             weights=self.weights,
             graphs="lockstep",
             reduce=self._reduce,

@@ -104,7 +104,7 @@ def _is_lost_in_rounding(operator: HessianOperator) -> bool:
     """Return whether curvature is far larger, and products right, at smaller parameters."""
     here = _curvature(operator)
     for factor in _ELSEWHERE:
-        other = operator.scaled(factor)
+        other = operator.at({name: p.detach() * factor for name, p in operator.params.items()})
         if here <= _LOST * torch.finfo(operator.dtype).eps * _curvature(other):
             with suppress(CurvatureError):
                 _noise_found(other)
