@@ -12,7 +12,16 @@ from torch.autograd import forward_ad
 from lightning_optkit.measures.errors import CurvatureError
 from lightning_optkit.measures.twice_differentiable import twice_differentiable
 
-__all__ = ["Forward", "GradientGraph", "LossFn", "evaluated", "explained", "flat", "split"]
+__all__ = [
+    "Forward",
+    "GradientGraph",
+    "LossFn",
+    "evaluated",
+    "explained",
+    "flat",
+    "scalar",
+    "split",
+]
 
 LossFn = Callable[[dict[str, Tensor]], Tensor]
 
@@ -132,17 +141,28 @@ def evaluated(loss_fn: LossFn, leaves: dict[str, Tensor]) -> tuple[Tensor, Any]:
     with twice_differentiable():
         loss: Any = loss_fn(dict(leaves))
     loss, outputs = loss if isinstance(loss, tuple) and len(loss) == 2 else (loss, None)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise CurvatureError(
-            f"`loss_fn` must return a scalar tensor, got {got}. Average over the batch first."
-        )
+    loss = scalar(loss)
     if not loss.requires_grad:
         raise CurvatureError(
             "The loss does not depend on the parameters it was given. It must be computed from "
             "the dictionary passed to `loss_fn`, without `.detach()` or `torch.no_grad()`."
         )
     return loss, outputs
+
+
+def scalar(loss: Any) -> Tensor:
+    """Return what a loss function returned, refused unless it is a scalar.
+
+    Raises:
+        CurvatureError: for anything else.
+    """
+    loss = loss[0] if isinstance(loss, tuple) and len(loss) == 2 else loss
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise CurvatureError(
+            f"`loss_fn` must return a scalar tensor, got {got}. Average over the batch first."
+        )
+    return loss.reshape(())
 
 
 def explained(error: RuntimeError) -> Exception:

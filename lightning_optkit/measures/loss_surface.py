@@ -14,6 +14,7 @@ from lightning_optkit.measures.gradient_graph import (
     Forward,
     GradientGraph,
     LossFn,
+    scalar,
     split,
 )
 from lightning_optkit.measures.precision import full_precision
@@ -122,6 +123,40 @@ class LossSurface:
             shape=(),
             graphs=self._losses() if offset is None else self._forwards(offset),
         )
+
+    def value(self, offset: Tensor | None = None) -> Tensor:
+        """Return the weighted loss, a scalar, by the layers' fastest kernels: for many points.
+
+        A loss that is NaN or infinite is returned as it is.
+
+        Args:
+            offset: take it at the parameters plus this vector, shape ``(n,)``.
+        """
+        failure: Exception | None = None
+        found = torch.zeros(2, dtype=self.dtype, device=self.device)  # the loss, and failures
+        try:
+            found[0] = self._own_value(offset)
+        except Exception as error:
+            if self._reduce is None:
+                raise
+            failure, found[1] = error, 1.0
+        total = self._reduced(found)
+        if failure is not None:
+            raise failure
+        if self._reduce is not None and float(total[1]) > 0:
+            raise CurvatureError("The loss could not be computed on another process, see there.")
+        return total[0]
+
+    def _own_value(self, offset: Tensor | None) -> Tensor:
+        params = {name: p.detach() for name, p in self._params.items()}
+        if offset is not None:
+            pieces = split(offset, params)
+            params = {name: p + d for (name, p), d in zip(params.items(), pieces, strict=True)}
+        total = torch.zeros((), dtype=self.dtype, device=self.device)
+        with full_precision(self.device.type), torch.no_grad():
+            for loss_fn, weight in zip(self._loss_fns, self._weights, strict=True):
+                total += weight * scalar(loss_fn(dict(params)))
+        return total
 
     @torch.inference_mode(False)
     def gradient(self, offset: Tensor | None = None) -> Tensor:

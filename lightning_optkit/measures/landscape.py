@@ -1,0 +1,174 @@
+"""The loss along a line and on a plane through the parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_optkit.measures.loss_surface import LossSurface
+
+__all__ = ["LossLine", "LossPlane", "loss_line", "loss_plane", "plane_passes"]
+
+
+@dataclass(frozen=True, eq=False)
+class LossLine:
+    """The loss at points of a line.
+
+    Attributes:
+        positions: where, in multiples of the direction, shape ``(points,)``.
+        losses: there, shape ``(points,)``, float64; NaN or infinite where the loss is.
+    """
+
+    positions: Tensor
+    losses: Tensor
+
+    @property
+    def num_gaps(self) -> int:
+        """Points without a finite loss."""
+        return int((~torch.isfinite(self.losses)).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class LossPlane:
+    """The loss on a grid in a plane.
+
+    Attributes:
+        x: positions along the first direction, shape ``(columns,)``.
+        y: positions along the second direction, shape ``(rows,)``.
+        losses: shape ``(rows, columns)``, float64; NaN or infinite where the loss is, NaN where it
+            is not known yet.
+        known: whether the loss was computed, same shape.
+    """
+
+    x: Tensor
+    y: Tensor
+    losses: Tensor
+    known: Tensor
+
+    @property
+    def num_gaps(self) -> int:
+        """Points that were computed and have no finite loss."""
+        return int((self.known & ~torch.isfinite(self.losses)).sum())
+
+
+def loss_line(surface: LossSurface, direction: Tensor, positions: Tensor) -> LossLine:
+    """Return the loss at ``parameters + position * direction``.
+
+    Args:
+        surface: the loss.
+        direction: shape ``(n,)``; to another point, the difference of the two.
+        positions: shape ``(points,)``; 0 is the parameters.
+
+    Example:
+        >>> import torch
+        >>> surface = LossSurface(lambda p: p["w"].square().sum(), {"w": torch.ones(2)})
+        >>> there = torch.zeros(2)  # another checkpoint
+        >>> line = loss_line(surface, there - torch.ones(2), torch.tensor([0.0, 0.5, 1.0]))
+        >>> line.losses.tolist()
+        [2.0, 0.5, 0.0]
+
+    References:
+        I. J. Goodfellow et al., "Qualitatively characterizing neural network optimization
+        problems", 2015, section 3.
+    """
+    losses = [float(surface.value(float(t) * direction)) for t in positions]
+    return LossLine(positions.double(), torch.tensor(losses, dtype=torch.float64))
+
+
+def loss_plane(
+    surface: LossSurface,
+    directions: Tensor,
+    *,
+    resolution: int = 25,
+    span: float | tuple[float, float, float, float] = 1.0,
+) -> LossPlane:
+    """Return the loss at ``parameters + x * directions[0] + y * directions[1]``.
+
+    Args:
+        surface: the loss.
+        directions: shape ``(2, n)``.
+        resolution: points along either direction, at least 2; odd, and the parameters are one of
+            them.
+        span: how far to go either way along both directions; or ``(x0, x1, y0, y1)``.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> import torch
+        >>> surface = LossSurface(lambda p: p["w"].square().sum(), {"w": torch.zeros(2)})
+        >>> loss_plane(surface, torch.eye(2), resolution=3).losses.tolist()
+        [[2.0, 1.0, 2.0], [1.0, 0.0, 1.0], [2.0, 1.0, 2.0]]
+    """
+    *_, plane = plane_passes(surface, directions, resolution=resolution, span=span)
+    return plane
+
+
+def plane_passes(
+    surface: LossSurface,
+    directions: Tensor,
+    *,
+    resolution: int = 25,
+    span: float | tuple[float, float, float, float] = 1.0,
+    known: LossPlane | None = None,
+) -> Iterator[LossPlane]:
+    """Yield the plane after each row of points, coarse grids first.
+
+    The first pass looks at every eighth point or so either way, each later one halves the distance,
+    and no point is computed twice. What is there after a pass is a picture already.
+
+    Args:
+        surface: the loss.
+        directions: as for :func:`loss_plane`.
+        resolution: as for :func:`loss_plane`.
+        span: as for :func:`loss_plane`.
+        known: an unfinished plane of the same grid to go on with.
+    """
+    x, y = _axes(resolution, span)
+    losses = torch.full((resolution, resolution), math.nan, dtype=torch.float64)
+    done = torch.zeros(resolution, resolution, dtype=torch.bool)
+    if known is not None:
+        losses, done = known.losses.clone(), known.known.clone()
+    yield LossPlane(x, y, losses.clone(), done.clone())
+    for row, columns in _rows(resolution):
+        missing = [column for column in columns if not done[row, column]]
+        if not missing:
+            continue
+        base = float(y[row]) * directions[1]
+        for column in missing:
+            offset = torch.add(base, directions[0], alpha=float(x[column]))
+            losses[row, column] = float(surface.value(offset))
+            done[row, column] = True
+        yield LossPlane(x, y, losses.clone(), done.clone())
+
+
+def _axes(
+    resolution: int, span: float | tuple[float, float, float, float]
+) -> tuple[Tensor, Tensor]:
+    if isinstance(resolution, bool) or resolution < 2:
+        raise ValueError(f"`resolution` must be an integer of at least 2, got {resolution!r}.")
+    ends = span if isinstance(span, tuple) else (-span, span, -span, span)
+    if not all(math.isfinite(end) for end in ends) or ends[0] >= ends[1] or ends[2] >= ends[3]:
+        raise ValueError(
+            f"`span` must be a positive number, or `(x0, x1, y0, y1)` in growing order, got {span}."
+        )
+    x, y = (
+        torch.linspace(start, end, resolution, dtype=torch.float64)
+        for start, end in (ends[:2], ends[2:])
+    )
+    return x, y
+
+
+def _rows(resolution: int) -> Iterator[tuple[int, range]]:
+    """Yield rows and their columns, coarse grids first; points come again in finer ones."""
+    stride = 1
+    while 8 * stride < resolution:
+        stride *= 2
+    while stride >= 1:
+        for row in range(0, resolution, stride):
+            yield row, range(0, resolution, stride)
+        stride //= 2
