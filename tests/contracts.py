@@ -173,24 +173,21 @@ def assert_resumes(
 
     Compared are weights, buffers, optimizers, schedulers, the scaler and the callback's own state.
     The run is cut after its second epoch, or within it on a step: what Lightning itself resumes
-    exactly. Returns the callback of the run that was not interrupted, to see what it did.
+    exactly. The checkpoints are those that the whole run writes there, as if it were cut; the later
+    one, which the run that goes on from the earlier never writes, must change nothing. Returns the
+    callback of the whole run, to see what it did.
     """
     whole = callback()
-    uninterrupted = run_resumable(module_name, [whole], folder, **trainer_options)
-    for moment in at:
-        path = folder / f"{moment}.ckpt"
-        try:
-            run_resumable(
-                module_name, [callback(), Interrupter(moment, path)], folder, **trainer_options
-            )
-        except Interruption:
-            pass
-        else:
-            raise AssertionError(f"the run was not interrupted at: {moment}")
+    savers = [Saver(moment, folder / f"{moment}.ckpt") for moment in ("mid-epoch", "epoch end")]
+    uninterrupted = run_resumable(module_name, [whole, *savers], folder, **trainer_options)
+    for saver in savers:
+        if saver.moment not in at:
+            continue
+        assert saver.has_saved, f"the run did not come to: {saver.moment}"
         resumed = run_resumable(
-            module_name, [callback()], folder, ckpt_path=path, seed=8, **trainer_options
+            module_name, [callback()], folder, ckpt_path=saver.path, seed=8, **trainer_options
         )
-        assert_same(uninterrupted, resumed, f"resumed at {moment}")
+        assert_same(uninterrupted, resumed, f"resumed at {saver.moment}")
     return whole
 
 
@@ -214,7 +211,7 @@ def run_resumable(
             "max_epochs": 3,
             "limit_train_batches": 5,
             "logger": False,
-            "enable_checkpointing": any(isinstance(c, Interrupter) for c in callbacks),
+            "enable_checkpointing": any(isinstance(c, Saver) for c in callbacks),
             "enable_progress_bar": False,
             "enable_model_summary": False,
         }
@@ -230,35 +227,44 @@ def run_resumable(
             copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs
         ],
         "scaler": None if scaler is None else scaler.state_dict(),
-        "callbacks": [copy.deepcopy(c.state_dict()) for c in callbacks if not _interrupts(c)],
+        "callbacks": [copy.deepcopy(c.state_dict()) for c in callbacks if not _saves(c)],
     }
 
 
-def _interrupts(callback: pl.Callback) -> bool:
-    return isinstance(callback, Interrupter)
+def _saves(callback: pl.Callback) -> bool:
+    return isinstance(callback, Saver)
+
+
+class Saver(pl.callbacks.Checkpoint):
+    """Writes a checkpoint when `ModelCheckpoint` would, after all other callbacks."""
+
+    def __init__(self, moment: str, path: Path) -> None:
+        self.moment = moment
+        self.path = path
+        self.has_saved = False
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.moment == "mid-epoch" and (trainer.current_epoch, batch_idx) == (1, 3):
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if self.moment == "epoch end" and trainer.current_epoch == 1:
+            self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+        self.has_saved = True
 
 
 class Interruption(Exception):
     """A machine is gone."""
 
 
-class Interrupter(pl.callbacks.Checkpoint):
-    """Writes a checkpoint when `ModelCheckpoint` would, after all other callbacks, and fails."""
+class Interrupter(Saver):
+    """Fails once the checkpoint is written."""
 
-    def __init__(self, moment: str, path: Path) -> None:
-        self.moment = moment
-        self.path = path
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if self.moment == "mid-epoch" and (trainer.current_epoch, batch_idx) == (1, 3):
-            self._interrupt(trainer)
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        if self.moment == "epoch end" and trainer.current_epoch == 1:
-            self._interrupt(trainer)
-
-    def _interrupt(self, trainer):
-        trainer.save_checkpoint(self.path)
+    def _save(self, trainer: pl.Trainer) -> None:
+        super()._save(trainer)
         raise Interruption
 
 

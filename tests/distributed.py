@@ -1,7 +1,8 @@
-"""Functions run in two gloo processes."""
+"""Functions run in other processes: in two of one gloo group, or alone in a new one."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -9,6 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+# Processes are forks of one that has imported these and done nothing else: to import torch and
+# Lightning anew in each takes longer than most of what is tested in them.
+multiprocessing.set_forkserver_preload(
+    [
+        "lightning.pytorch",
+        "matplotlib.backends.backend_agg",
+        "torch.distributed.checkpoint",
+        "torch.distributed.fsdp",
+    ]
+)
+FORKS = multiprocessing.get_context("forkserver")
 
 
 def run_in_two_processes(function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
@@ -20,9 +33,18 @@ def run_in_two_processes(function: Callable[..., Any], folder: Path, *args: Any)
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.start_processes(
-        _worker, (function, folder, port, args), nprocs=2, start_method="spawn"
+        _worker, (function, folder, port, args), nprocs=2, start_method="forkserver"
     )
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def run_in_new_process(function: Callable[[], None]) -> None:
+    """Run a function in a process in which torch is imported, and nothing was done with it."""
+    torch.multiprocessing.start_processes(_call, (function,), nprocs=1, start_method="forkserver")
+
+
+def _call(rank: int, function: Callable[[], None]) -> None:
+    function()
 
 
 def _worker(

@@ -64,6 +64,13 @@ class RemembersTooMuch(ShrinksAndRemembers):
         self.num_starts = state_dict["num_starts"]
 
 
+class ActsWhenSaved(ShrinksAndRemembers):
+    """Counts a batch too many with each checkpoint."""
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        self.num_batches += 1
+
+
 @pytest.mark.parametrize("moment", ["epoch end", "mid-epoch"])
 @pytest.mark.parametrize("module_name", ["classifier", "gan"])
 def test_an_intervener_that_remembers_passes_and_one_that_forgets_fails(
@@ -76,6 +83,11 @@ def test_an_intervener_that_remembers_passes_and_one_that_forgets_fails(
         assert_resumes(RemembersTooMuch, module_name, tmp_path, at=(moment,))
 
 
-def test_a_run_that_is_never_interrupted_proves_nothing(tmp_path):
-    with pytest.raises(AssertionError, match="was not interrupted at: epoch end"):
+def test_an_intervener_that_a_checkpoint_changes_fails(tmp_path):
+    with pytest.raises(AssertionError, match=r"resumed at mid-epoch\['weights and buffers'\]"):
+        assert_resumes(ActsWhenSaved, "autoencoder", tmp_path)
+
+
+def test_a_run_that_is_over_before_it_would_be_cut_proves_nothing(tmp_path):
+    with pytest.raises(AssertionError, match="did not come to: mid-epoch"):
         assert_resumes(pl.Callback, "autoencoder", tmp_path, max_epochs=1)

@@ -481,13 +481,15 @@ def test_closing_ends_workers_and_puts_samplers_back():
     during_training(DataLoader(Numbers(), 4, sampler=ByPython(), num_workers=2), act)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_are_started_as_the_loader_starts_them(method):
+@pytest.mark.parametrize(
+    ("method", "process"), [("fork", "ForkProcess"), ("forkserver", "ForkServerProcess")]
+)
+def test_workers_are_started_as_the_loader_starts_them(method, process):
     def act(trainer, stream):
         before = set(multiprocessing.active_children())
         batches = [next(stream).batch for _ in range(4)]
         ours = set(multiprocessing.active_children()) - before
-        assert [type(worker).__name__ for worker in ours] == [f"{method.title()}Process"]
+        assert [type(worker).__name__ for worker in ours] == [process]
         stream.close()
         if method == "fork":
             assert_same(trainer.lightning_module.batches, batches[:2])

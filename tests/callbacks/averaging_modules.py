@@ -29,6 +29,11 @@ def data(*, seed=3, dtype=torch.float32, **options):
     return DataLoader(TensorDataset(*samples(seed=seed, dtype=dtype)), 4, **options)
 
 
+def held_out(*, seed=4, dtype=torch.float32):
+    """Return a loader of 2 batches of 4, to validate, test and predict on."""
+    return DataLoader(TensorDataset(*samples(8, seed=seed, dtype=dtype)), 4)
+
+
 class Net(pl.LightningModule):
     """A regression that validates, tests and predicts, and notes the weights that it does it on.
 
@@ -248,7 +253,7 @@ def fit(module, *callbacks, loader=None, val=True, ckpt_path=None, initialise=Tr
     trainer = trainer_of(*callbacks, **options | ({} if val else {"limit_val_batches": 0}))
     loader = data(dtype=dtype) if loader is None else loader
     validates = is_overridden("validation_step", getattr(module, "_orig_mod", module))
-    val_loader = data(seed=4, dtype=dtype) if validates else None
+    val_loader = held_out(dtype=dtype) if validates else None
     trainer.fit(module, loader, val_loader, ckpt_path=ckpt_path)
     return trainer
 

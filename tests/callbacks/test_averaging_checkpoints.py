@@ -24,6 +24,7 @@ from tests.callbacks.averaging_modules import (
     data,
     differs,
     fit,
+    held_out,
     initialised,
     mean_of,
     samples,
@@ -43,7 +44,7 @@ STAGES = ("validate", "test", "predict")
 
 def run_stage(stage, trainer, module, **options):
     """Run a stage and return the weights that it ran on."""
-    loader = data(seed=4)
+    loader = held_out()
     match stage:
         case "validate":
             trainer.validate(module, loader, verbose=False, **options)
@@ -195,9 +196,9 @@ def test_tests_that_write_a_buffer_can_be_repeated(kind):
 def test_predictions_are_those_of_the_average(kind):
     callback, module = CALLBACKS[kind](), Net()
     trainer = fit(module, callback)
-    predictions = torch.cat(trainer.predict(module, data(seed=4)))
+    predictions = torch.cat(trainer.predict(module, held_out()))
     with callback.averaged(module), torch.no_grad():
-        expected = module(torch.cat([x for x, _ in data(seed=4)]))
+        expected = module(torch.cat([x for x, _ in held_out()]))
     assert torch.allclose(predictions, expected, rtol=0, atol=1e-6)
 
 
@@ -209,7 +210,7 @@ def validation_loss(state_dict, norm=True):
     module = Net(norm=norm)
     module.load_state_dict(state_dict)
     trainer = trainer_of()
-    return float(trainer.validate(module, data(seed=4), verbose=False)[0]["val_loss"])
+    return float(trainer.validate(module, held_out(), verbose=False)[0]["val_loss"])
 
 
 class Losses(pl.Callback):
@@ -256,7 +257,7 @@ def test_the_best_checkpoint_is_tested_as_it_was_validated(kind, tmp_path):
     losses, module = Losses(), Net(norm=True)
     trainer = fit(module, CALLBACKS[kind](), losses, best, **checkpointing(tmp_path))
     for path in ("best", best.best_model_path):
-        found = trainer.test(module, data(seed=4), ckpt_path=path, verbose=False)
+        found = trainer.test(module, held_out(), ckpt_path=path, verbose=False)
         assert found[0]["test_loss"] == min(losses.logged.values())
 
 
@@ -661,11 +662,11 @@ def test_a_run_after_an_error_is_as_any_other(kind, hook, tmp_path):
     callback, module = CALLBACKS[kind](), Net(norm=True)
     trainer = trainer_of(callback, Snapshots(), raises := Raises(hook, RuntimeError("gone")))
     with pytest.raises(RuntimeError, match="gone"):
-        trainer.fit(initialised(module), data(), data(seed=4))
+        trainer.fit(initialised(module), data(), held_out())
     raises.epoch = None
     path = checkpoint_of(fit(Net(norm=True), CALLBACKS[kind](), epochs=2), tmp_path)
     module.train()
-    trainer.fit(module, data(), data(seed=4), ckpt_path=path)
+    trainer.fit(module, data(), held_out(), ckpt_path=path)
     other = Net(norm=True)
     fit(other, CALLBACKS[kind]())
     assert_same(weights_of(other), weights_of(module))

@@ -22,7 +22,7 @@ from tests.callbacks.averaging_modules import (
     Net,
     Snapshots,
     assert_close,
-    data,
+    held_out,
     initialised,
     mean_of,
     samples,
@@ -53,7 +53,7 @@ def fit(module: pl.LightningModule, *callbacks: pl.Callback, **options: Any) -> 
     rank = int(os.environ["RANK"])
     trainer = trainer_of(*callbacks, **{"use_distributed_sampler": False} | DDP | options)
     loader = DataLoader(uneven_batches(rank), batch_size=None)
-    trainer.fit(module, loader, data(seed=4 + rank, dtype=torch.float64))
+    trainer.fit(module, loader, held_out(seed=4 + rank, dtype=torch.float64))
     return trainer
 
 

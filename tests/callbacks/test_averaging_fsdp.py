@@ -28,6 +28,7 @@ from tests.callbacks.averaging_modules import (
     Raises,
     assert_close,
     data,
+    held_out,
     initialised,
     mean_of,
     samples,
@@ -126,7 +127,7 @@ def fit(
     loader = options.pop("loader", None) or ResumableLoader(data(dtype=torch.float64))
     options = {"log_every_n_steps": 1, "use_distributed_sampler": False} | options
     trainer = trainer_of(*callbacks, devices=2, strategy=strategy, **options)
-    trainer.fit(module, loader, data(seed=4, dtype=torch.float64), ckpt_path=ckpt_path)
+    trainer.fit(module, loader, held_out(dtype=torch.float64), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -153,7 +154,7 @@ def exponential() -> dict[str, Any]:
     optimizer = shards_of(trainer)
     without, plain = WholeSnapshots(), Sharded()
     trainer_without = fit(plain, without, val_check_interval=3)
-    trainer.validate(module, data(seed=4, dtype=torch.float64), verbose=False)
+    trainer.validate(module, held_out(dtype=torch.float64), verbose=False)
     return {
         "steps": snapshots.by_step,
         "optimizer": optimizer,
@@ -230,7 +231,7 @@ def validated(path: Path, *, distributed: bool) -> dict[str, Tensor]:
     """Return what a new run validates from a checkpoint."""
     module, strategy = Sharded(), ModelParallelStrategy(2, 1, distributed)
     trainer = trainer_of(ema(), devices=2, strategy=strategy, use_distributed_sampler=False)
-    loader = data(seed=4, dtype=torch.float64)
+    loader = held_out(dtype=torch.float64)
     trainer.validate(module, loader, ckpt_path=path, verbose=False)
     return module.seen[-1]
 

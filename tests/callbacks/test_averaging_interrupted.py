@@ -31,6 +31,7 @@ from tests.callbacks.averaging_modules import (
     data,
     differs,
     fit,
+    held_out,
     initialised,
     mean_of,
     samples,
@@ -62,7 +63,7 @@ def resumable():
 
 
 def validated_on(trainer, module):
-    trainer.validate(module, data(seed=4), verbose=False)
+    trainer.validate(module, held_out(), verbose=False)
     return module.seen["validate"][-1]
 
 
@@ -110,7 +111,7 @@ def test_an_interrupted_average_is_used_with_a_warning(kind, error, val, origin)
         epochs=5, limit_val_batches=1.0 if val else 0,
     )  # fmt: skip
     with pytest.raises(ENDS):
-        trainer.fit(initialised(module), data(), data(seed=4))
+        trainer.fit(initialised(module), data(), held_out())
     raw = snapshots.by_step[-1]
     assert_same(raw, weights_of(module))
     assert callback.summary.endswith(f"; normalization statistics {origin}")
@@ -423,7 +424,7 @@ def test_weights_from_a_file_take_the_averages_place(kind, tmp_path):
     callback, module = CALLBACKS[kind](), Net(norm=True)
     path = checkpoint_of(fit(Net(norm=True), CALLBACKS[kind]()), tmp_path, weights_only=True)
     trainer = fit(module, callback, epochs=4)
-    trainer.test(module, data(seed=4), ckpt_path=path, verbose=False)
+    trainer.test(module, held_out(), ckpt_path=path, verbose=False)
     file = torch.load(path, weights_only=True)["state_dict"]
     assert_same({n: file[n] for n in weights_of(module)}, weights_of(module))
     for use in (callback.averaged, callback.raw):
@@ -440,7 +441,7 @@ def test_a_full_checkpoint_takes_the_averages_place(kind, tmp_path):
     trainer = fit(module, callback, epochs=4)
     longer = average_of(callback, module)
     assert callback.num_averaged > first.num_averaged
-    trainer.test(module, data(seed=4), ckpt_path=path, verbose=False)
+    trainer.test(module, held_out(), ckpt_path=path, verbose=False)
     assert callback.num_averaged == first.num_averaged
     assert callback.summary == first.summary
     assert_same(average_of(first, other), average_of(callback, module))
@@ -457,7 +458,7 @@ def test_an_average_kept_aside_stays_through_a_stage_from_a_file(kind, weights_o
     path = checkpoint_of(shorter, tmp_path, weights_only=weights_only)
     trainer = fit(module, callback, epochs=4)
     before, summary, raw = average_of(callback, module), callback.summary, weights_of(module)
-    trainer.test(module, data(seed=4), ckpt_path=path, verbose=False)
+    trainer.test(module, held_out(), ckpt_path=path, verbose=False)
     assert differs(raw, weights_of(module))  # those of the file
     after = average_of(callback, module)
     count = "net.0.num_batches_tracked"  # of integers, which are the module's own
@@ -475,11 +476,11 @@ def test_a_stage_that_finds_no_average_of_its_own_says_so(kind, fits, tmp_path):
     module = Net()
     text = f"`{kind}` finds no average of its own in the checkpoint, whose weights are used as they"
     with warned(text):
-        trainer.test(module, data(seed=4), ckpt_path=path, verbose=False)
+        trainer.test(module, held_out(), ckpt_path=path, verbose=False)
     file = torch.load(path, weights_only=True)["state_dict"]
     assert_same({n: file[n] for n in module.seen["test"][-1]}, module.seen["test"][-1])
     with recorded() as messages:  # a stage that is not to run on it
-        trainer.validate(module, data(seed=4), ckpt_path=path, verbose=False)
+        trainer.validate(module, held_out(), ckpt_path=path, verbose=False)
     assert not any("average" in message for message in messages), messages
 
 
@@ -529,7 +530,7 @@ def test_a_state_is_found_whatever_its_key_says_in_other_words(kind, tmp_path):
     assert callback.summary == again.summary
     tested = Net(norm=True)
     trainer_of(CALLBACKS[kind](use_for=("test",))).test(
-        tested, data(seed=4), ckpt_path=path, verbose=False
+        tested, held_out(), ckpt_path=path, verbose=False
     )
     file = checkpoint["state_dict"]
     assert_same({n: file[n] for n in tested.seen["test"][0]}, tested.seen["test"][0])
@@ -578,10 +579,10 @@ def test_a_callback_keeps_no_trainer_alive(kind, stage, tmp_path):
     callback, module = REFRESHING[kind](use_for=("test",)), Net(norm=True)
     trainer = fit(module, callback)
     if stage == "validate":
-        trainer.validate(module, data(seed=4), verbose=False)
+        trainer.validate(module, held_out(), verbose=False)
     elif stage == "file":
         path = checkpoint_of(trainer, tmp_path)
-        trainer.test(module, data(seed=4), ckpt_path=path, verbose=False)
+        trainer.test(module, held_out(), ckpt_path=path, verbose=False)
     reached = reached_from(callback, without=module)
     assert any(each is callback._weights for each in reached)
     assert not [each for each in reached if isinstance(each, (pl.Trainer, Strategy, Optimizer))]

@@ -18,6 +18,7 @@ from lightning_optkit import EMA, SWA
 from lightning_optkit.bridge.averaged_checkpoint import load_averaged, load_raw
 from tests.callbacks.averaging_modules import Net, Snapshots, assert_close, data, fit, weights_of
 from tests.contracts import ResumableLoader, assert_same
+from tests.distributed import FORKS
 
 CALLBACKS: dict[str, Callable[[], SWA | EMA]] = {
     "ema": lambda: EMA(0.8),
@@ -99,9 +100,7 @@ def checkpoints(tmp_path_factory):
     """Return the last checkpoints of runs that were killed, which those who resume leave alone."""
     folders = [tmp_path_factory.mktemp("_".join(run)) for run in KILLED]
     processes = [
-        torch.multiprocessing.get_context("spawn").Process(
-            target=train_until_killed, args=(folder, *run)
-        )
+        FORKS.Process(target=train_until_killed, args=(folder, *run))
         for folder, run in zip(folders, KILLED, strict=True)
     ]
     for process in processes:

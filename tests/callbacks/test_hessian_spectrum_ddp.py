@@ -36,7 +36,8 @@ def train_with_and_without(folder: Path) -> list[tuple[dict[str, Any], dict[str,
         ]
     ):
         without = run(name, [], folder / f"without{i}", **DDP | options)
-        with_it = run(name, [every_step()], folder / f"with{i}", **DDP | options)
+        observer = every_step(exact_below=0)  # a few products in place of one a parameter
+        with_it = run(name, [observer], folder / f"with{i}", **DDP | options)
         pairs.append((without, with_it))
     return pairs
 

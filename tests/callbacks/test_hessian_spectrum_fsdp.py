@@ -83,7 +83,7 @@ def trained(
         logger=CSVLogger(folder, name="csv", version=0),
         callbacks=[*callbacks, Recorder()],
         max_epochs=2,
-        limit_train_batches=3,
+        limit_train_batches=2,
         limit_val_batches=1,
         log_every_n_steps=1,
         enable_progress_bar=False,
@@ -125,7 +125,8 @@ def train_with_and_without(folder: Path) -> list[tuple[dict[str, Any], dict[str,
         pl.seed_everything(5, verbose=False)
         without = trained(make(), [], folder / f"without{i}", **options)
         pl.seed_everything(5, verbose=False)
-        with_it = trained(make(), [every_step(**callback)], folder / f"with{i}", **options)
+        observer = every_step(exact_below=0, **callback)  # not one product a parameter
+        with_it = trained(make(), [observer], folder / f"with{i}", **options)
         pairs.append((without, with_it))
     return pairs
 

@@ -86,7 +86,7 @@ def loss_of(module):
 )
 def test_it_leaves_the_saddle_that_gradient_descent_never_leaves(optimizer, settings):
     stays = Product(optimizer=optimizer, **settings)
-    train(stays, num_steps=300)
+    train(stays, num_steps=20)  # a step that moves nothing is followed by another
     assert stays.weights.tolist() == [0.0, 0.0]
     escapes = Product(optimizer=optimizer, **settings)
     trainer = train(escapes, SaddleEscape(every_n_steps=50, max_escapes=1), num_steps=300)
@@ -182,11 +182,12 @@ def part_of(module_name):
 @pytest.mark.parametrize("module_name", ["classifier", "gan", "lstm"])
 def test_ordinary_training_is_bit_identical(module_name, tmp_path):
     """No saddle on the way: no weight, no random stream, no metric differs."""
-    without = run(module_name, [], tmp_path / "without")
+    without = run(module_name, [], tmp_path / "without", limit_train_batches=3)
     callback = SaddleEscape(
         every_n_steps=2, num_batches=2, gradient_tol=0.0, parameters=part_of(module_name)
     )
-    assert_same(without, run(module_name, [callback], tmp_path / "with"))
+    with_it = run(module_name, [callback], tmp_path / "with", limit_train_batches=3)
+    assert_same(without, with_it)
     assert callback.num_escapes == 0
 
 
@@ -195,7 +196,7 @@ def test_ordinary_training_is_bit_identical(module_name, tmp_path):
 
 def eager(**options):
     """Return a callback that takes any step down, so that there is something to resume."""
-    defaults = {"every_n_steps": 2, "num_batches": 2, "gradient_tol": 1e9, "max_matvecs": 10}
+    defaults = {"every_n_steps": 4, "num_batches": 2, "gradient_tol": 1e9, "max_matvecs": 10}
     return SaddleEscape(**defaults | options)
 
 
@@ -391,9 +392,9 @@ def test_tied_weights_move_once():
 
 def test_it_stops_after_max_escapes():
     one, many = Product((1e-3, 0.0), lr=0.0), Product((1e-3, 0.0), lr=0.0)
-    trainer = train(one, eager(every_n_steps=1, max_escapes=1))
+    trainer = train(one, eager(every_n_steps=1, max_escapes=1), num_steps=8)
     assert logged(trainer)["num_escapes"] == 1
-    trainer = train(many, eager(every_n_steps=1))
+    trainer = train(many, eager(every_n_steps=1), num_steps=8)
     assert logged(trainer)["num_escapes"] > 3
 
 

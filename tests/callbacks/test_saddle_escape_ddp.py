@@ -22,7 +22,7 @@ DDP = {"strategy": "ddp", "devices": 2}
 
 
 def eager(**options: Any) -> SaddleEscape:
-    defaults = {"every_n_steps": 2, "num_batches": 2, "gradient_tol": 1e9, "max_matvecs": 8}
+    defaults = {"every_n_steps": 4, "num_batches": 2, "gradient_tol": 1e9, "max_matvecs": 8}
     return SaddleEscape(**defaults | options)
 
 
@@ -41,7 +41,7 @@ def train_and_resume(folder: Path) -> list[dict[str, Any]]:
             **DDP | options,
         )
         found.append({"escapes": callback.num_escapes})
-        callback = eager(parameters=parameters)
+        callback, options = eager(parameters=parameters), options | {"limit_train_batches": 3}
         trace = run(name, [callback], folder / f"{name}-again", **DDP | options)
         found.append({"escapes": callback.num_escapes, "weights": trace["weights"]})
     return found
