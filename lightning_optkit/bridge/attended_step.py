@@ -51,6 +51,7 @@ class Rule:
 
     rate: Callable[[int, Rate], Rate]
     role: str | None = None
+    without: str | None = None  # what to write to do without it
     used: list[Rate] = field(default_factory=list)
 
 
@@ -86,6 +87,7 @@ class AttendedStep:
         self.counts: list[Count] = []
         self.rules: list[Rule] = []
         self.surroundings: list[Callable[[], AbstractContextManager[None]]] = []
+        self.reporter: object | None = None  # who of them logs its rates
 
         # A method, and with the attributes of what it wraps: schedulers look for both.
         @functools.wraps(getattr(self._step, "__func__", self._step))

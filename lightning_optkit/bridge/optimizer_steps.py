@@ -114,11 +114,19 @@ class RateInStep:
             asked several times in one step, so it must not count. Given a tensor, it returns a new
             one, or a number.
         role: what the rates are changed for, such as ``"warmup"``, where one callback alone may.
+        without: what to write to do without it, for who meets another in the same role.
     """
 
-    def __init__(self, rate: Callable[[int, int, Rate], Rate], *, role: str | None = None) -> None:
+    def __init__(
+        self,
+        rate: Callable[[int, int, Rate], Rate],
+        *,
+        role: str | None = None,
+        without: str | None = None,
+    ) -> None:
         self._rate = rate
         self._role = role
+        self._without = without
         self._attended: dict[int, tuple[AttendedStep, Rule]] = {}
         self._num_optimizers = 0
 
@@ -143,7 +151,7 @@ class RateInStep:
         for i, step in steps.items():
             self._require_alone(i, step)
         for i, step in steps.items():
-            rule = Rule(functools.partial(self._rate, i), self._role)
+            rule = Rule(functools.partial(self._rate, i), self._role, self._without)
             step.rules.append(rule)
             self._attended[i] = step, rule
 
@@ -174,11 +182,15 @@ class RateInStep:
         self._attended = {}
 
     def _require_alone(self, i: int, step: AttendedStep) -> None:
-        if self._role is not None and self._role in [rule.role for rule in step.rules]:
-            raise MisconfigurationException(
-                f"Optimizer {i} must have one {self._role} of its learning rate, got two: both "
-                "would multiply. Remove one of the callbacks, or give them different optimizers."
-            )
+        other = next((rule for rule in step.rules if rule.role == self._role), None)
+        if self._role is None or other is None:
+            return
+        remedies = dict.fromkeys(text for text in (other.without, self._without) if text)
+        remedy = ", ".join(remedies) or "remove one of the callbacks"
+        raise MisconfigurationException(
+            f"Optimizer {i} must have one {self._role} of its learning rate, got two: both would "
+            f"multiply. {remedy[0].upper()}{remedy[1:]}, or give them different optimizers."
+        )
 
 
 class UpdateInStep:

@@ -973,6 +973,28 @@ def test_two_in_one_role_are_refused_and_leave_nothing():
     assert "step" not in vars(module.trainer.optimizers[0])
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "remedy"),
+    [
+        (None, None, "Remove one of the callbacks, or give"),
+        ("write `A(0)`", None, "Write `A(0)`, or give"),
+        (None, "leave out `B`", "Leave out `B`, or give"),
+        ("write `A(0)`", "leave out `B`", "Write `A(0)`, leave out `B`, or give"),
+        ("leave out `B`", "leave out `B`", "Leave out `B`, or give"),
+    ],
+)
+def test_two_in_one_role_say_what_to_write(left, right, remedy):
+    _, _, trainer = by_hand()
+    first, second = (
+        RateInStep(lambda i, j, rate: rate, role="warmup", without=text) for text in (left, right)
+    )
+    first.attach(trainer)
+    with pytest.raises(MisconfigurationException) as error:
+        second.attach(trainer)
+    assert f"both would multiply. {remedy} them different optimizers." in str(error.value)
+    first.detach()
+
+
 def test_shown_rates_are_those_of_the_coming_step_and_change_nothing():
     class Looks(Attends):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
