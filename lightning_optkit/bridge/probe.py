@@ -43,6 +43,7 @@ __all__ = [
     "ProbeError",
     "StepLossFn",
     "is_probing",
+    "probing",
     "require_batch_step",
     "select_parameters",
 ]
@@ -113,7 +114,7 @@ class Probe:
         """Open the probe: remember everything that a step may change."""
         with ExitStack() as stack:
             stack.enter_context(isolate_rng())
-            stack.enter_context(_flag_set())
+            stack.enter_context(probing())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(_eager())
@@ -377,7 +378,8 @@ def _measuring_dtype(module: nn.Module) -> torch.dtype:
 
 
 @contextmanager
-def _flag_set() -> Iterator[None]:
+def probing() -> Iterator[None]:
+    """Let :func:`is_probing` say so, for a call of the step that is undone."""
     token = _PROBING.set(True)
     try:
         yield
