@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from lightning_optkit.methods.batch_norm import BatchNormVariant
 from lightning_optkit.methods.moments import InstanceMoments, Moments, ValueMoments, exact_dtype
 
 __all__ = ["refresh_norm_statistics", "tracking_layers"]
@@ -43,8 +44,9 @@ _SPATIAL_DIMS = {nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 
 def tracking_layers(module: nn.Module) -> dict[str, nn.Module]:
     """Return the layers whose running statistics can be taken anew, by name.
 
-    They are torch's BatchNorm, SyncBatchNorm and InstanceNorm layers, and their subclasses, that
-    have running statistics; lazy ones not before their first batch. A layer with several names has
+    They are torch's BatchNorm, SyncBatchNorm and InstanceNorm layers, and their subclasses such as
+    BatchRenorm and GhostBatchNorm, that have running statistics; lazy ones not before their first
+    batch. A layer with several names has
     its first.
 
     Example:
@@ -351,6 +353,8 @@ class _Watch:
         for name, buffer in self._own.buffers.items():
             setattr(layer, name, buffer.clone())
         layer.training = self._settled is None and _can_use_batch(layer, values)
+        if isinstance(layer, BatchNormVariant):
+            layer.plain = True  # chunks are no batch, and its running statistics are old ones
         if self._settled is not None:
             self._settled.normalise(layer)
 
@@ -361,15 +365,18 @@ class _Watch:
 
 
 class _State:
-    """Which mode a layer is in and which tensors are its buffers."""
+    """Which modes a layer is in and which tensors are its buffers."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
         self._training = layer.training
+        self._plain = getattr(layer, "plain", None)
         self.buffers = dict(layer.named_buffers(recurse=False))
 
     def put_back(self) -> None:
         self._layer.training = self._training
+        if isinstance(self._layer, BatchNormVariant):
+            self._layer.plain = bool(self._plain)
         for name, buffer in self.buffers.items():
             setattr(self._layer, name, buffer)
 
