@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from lightning_optkit.board.tags import AVERAGING
 from lightning_optkit.bridge.averaged_weights import AveragedWeights
-from lightning_optkit.bridge.checkpoint_folder import load_folder
+from lightning_optkit.bridge.checkpoint_file import load_checkpoint
 
 __all__ = [
     "KIND",
@@ -109,7 +107,7 @@ def load_averaged(path: str | Path, *, name: str | None = None) -> dict[str, Any
 
             module.load_state_dict(load_averaged("last.ckpt"))
     """
-    checkpoint = _load(path)
+    checkpoint = load_checkpoint(path)
     state = _average_called(name, checkpoint, path)
     if state["state_dict_is"] == "average":
         return dict(checkpoint["state_dict"])
@@ -125,7 +123,7 @@ def load_raw(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: if the file is no checkpoint, or holds code.
     """
-    return _raw_state_dict(_load(path))
+    return _raw_state_dict(load_checkpoint(path))
 
 
 def without_average(path: str | Path, to: str | Path) -> None:
@@ -146,7 +144,7 @@ def without_average(path: str | Path, to: str | Path) -> None:
             "of the optimizers' states. Resume from it with the callback, or write files with "
             "`ModelParallelStrategy(save_distributed_checkpoint=False)`."
         )
-    checkpoint = _load(path)
+    checkpoint = load_checkpoint(path)
     averages = _averages(checkpoint)
     if not averages:
         raise ValueError(_no_average(path))
@@ -154,27 +152,6 @@ def without_average(path: str | Path, to: str | Path) -> None:
     for key in averages:
         del checkpoint["callbacks"][key]
     torch.save(checkpoint, to)
-
-
-def _load(path: str | Path) -> dict[str, Any]:
-    try:
-        if Path(path).is_dir():
-            checkpoint = load_folder(Path(path))
-        else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(
-            f"`path` must hold data alone, and {str(path)!r} holds objects that could run code, "
-            "such as hyperparameters of a class of your own. If you trust it, allow them with "
-            f"`torch.serialization.add_safe_globals([{found[1] if found else '...'}])`."
-        ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(
-            f"`path` must be a checkpoint of Lightning's, got {str(path)!r}, which has no "
-            "`state_dict` in it. Use the file that `ModelCheckpoint` or `save_checkpoint` wrote."
-        )
-    return checkpoint
 
 
 def _averages(checkpoint: dict[str, Any]) -> dict[str, dict[str, Any]]:

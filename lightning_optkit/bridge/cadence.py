@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 
@@ -34,12 +34,14 @@ class Cadence:
     The counters are the Trainer's own, so they are exact under accumulation, several optimizers,
     resume and a second ``fit``. A due point is passed over while the time spent exceeds
     ``max_overhead`` times the time trained; rank zero decides for all. The end of training is due
-    in any case, unless that very step was measured already.
+    however much time was spent, unless that very step was measured already.
 
     Args:
         every_n_steps: optimizer steps between due points, at least 1.
         every_n_epochs: epochs between due points, at least 1; 1 unless ``every_n_steps`` is given.
         max_overhead: largest share of the wall time of training, in (0, 1]; ``None`` = no limit.
+        at_end: whether the end of training is due; ``"alone"`` = nothing else is, unless a period
+            is given.
 
     Raises:
         ValueError: if both periods are given, or a value is out of range.
@@ -51,6 +53,7 @@ class Cadence:
         every_n_steps: int | None = None,
         every_n_epochs: int | None = None,
         max_overhead: float | None = None,
+        at_end: bool | Literal["alone"] = True,
     ) -> None:
         if every_n_steps is not None and every_n_epochs is not None:
             raise ValueError(
@@ -58,7 +61,7 @@ class Cadence:
                 f"every_n_steps={every_n_steps} and every_n_epochs={every_n_epochs}. "
                 "Leave one of them out."
             )
-        if every_n_steps is None and every_n_epochs is None:
+        if every_n_steps is None and every_n_epochs is None and at_end != "alone":
             every_n_epochs = 1
         for name, period in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
             if period is not None and not is_count(period, least=1):
@@ -71,6 +74,8 @@ class Cadence:
         self.every_n_steps = every_n_steps
         self.every_n_epochs = every_n_epochs
         self._max_overhead = max_overhead
+        self.includes_end = bool(at_end)
+        """Whether the end of training is due."""
         self._spent = 0.0  # seconds
         self._trained = 0.0
         self._started: float | None = None
@@ -102,7 +107,7 @@ class Cadence:
 
     def at_end(self, trainer: pl.Trainer) -> bool:
         """Return whether the last step still has to be measured, in ``on_train_end``."""
-        return self._measured_step != logger_step(trainer, after_batch=False)
+        return self.includes_end and self._measured_step != logger_step(trainer, after_batch=False)
 
     @contextmanager
     def measuring(self, step: int) -> Iterator[None]:

@@ -78,7 +78,8 @@ class Observer(MeasuringCallback, ABC, Generic[Result]):
             self._measure(trainer, pl_module, logger_step(trainer, after_batch=False))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._cadence.at_end(trainer) or self._latest is None:
+        nothing_to_draw = self._latest is None and self._cadence.includes_end
+        if self._cadence.at_end(trainer) or nothing_to_draw:
             self._measure(trainer, pl_module, logger_step(trainer, after_batch=False))
         if self._latest is not None:
             self._draw(trainer, *self._latest)

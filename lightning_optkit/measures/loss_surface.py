@@ -14,6 +14,7 @@ from lightning_optkit.measures.gradient_graph import (
     Forward,
     GradientGraph,
     LossFn,
+    flat,
     scalar,
     split,
 )
@@ -186,6 +187,10 @@ class LossSurface:
             graphs=None if offset is None else self._gradients(offset),
         )
         return both[0], both[1:]
+
+    def vector(self) -> Tensor:
+        """Return a copy of all parameters, shape ``(n,)``."""
+        return flat([p.detach() for p in self._params.values()], self._params)
 
     def parameter_norm(self) -> float:
         """Return the Euclidean norm of all parameters together."""

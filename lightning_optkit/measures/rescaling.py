@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -38,7 +39,11 @@ class Invariance:
     @property
     def changes(self) -> dict[str, float]:
         """By how much each measure moved, relative to what it was; 0 = invariant."""
-        return {name: self.after[name] / value - 1 for name, value in self.before.items() if value}
+        return {
+            name: after / self.before[name] - 1
+            for name, after in self.after.items()
+            if self.before[name] and math.isfinite(after / self.before[name])
+        }
 
     def __str__(self) -> str:
         """Return one line a measure, or why there is none."""

@@ -11,7 +11,6 @@ from torch import Tensor
 from lightning_optkit.measures.ball_maximum import ball_maximum
 from lightning_optkit.measures.box_maximum import box_maximum
 from lightning_optkit.measures.errors import CurvatureError
-from lightning_optkit.measures.gradient_graph import flat
 from lightning_optkit.measures.loss_surface import LossSurface
 
 __all__ = [
@@ -144,7 +143,7 @@ def epsilon_sharpness(
             f"Keskar's sharpness needs a loss above -1, got {loss}: it is relative to 1 + loss. "
             "Add a constant to the loss, or measure in a ball."
         )
-    x = flat([p.detach() for p in surface.params.values()], surface.params)
+    x = surface.vector()
     if subspace_dim is None:
         basis, bounds = None, epsilon * (x.double().cpu().abs() + 1)
     else:
@@ -315,7 +314,7 @@ def _loss(surface: LossSurface) -> float:
 
 def _scale(surface: LossSurface, adaptive: bool) -> Tensor:
     """Return what one unit of length is, by parameter, shape ``(n,)``."""
-    x = flat([p.detach() for p in surface.params.values()], surface.params)
+    x = surface.vector()
     return x.abs() if adaptive else torch.ones_like(x)
 
 
