@@ -21,9 +21,11 @@ MAY_IMPORT = {
     "diagnosis": ".measures",
     "figures": "matplotlib numpy .measures",
     "board": "tensorboard numpy werkzeug",
-    "bridge": "torch numpy lightning lightning_utilities .board.tags .board.schema .methods",
-    "callbacks": "torch lightning .measures .methods .optim .diagnosis .figures .board .bridge "
-    ".compat",
+    "bridge": "torch numpy lightning lightning_utilities torchmetrics .board.tags .board.schema "
+    ".measures .methods",
+    "metrics": "torch torchmetrics .measures .methods",
+    "callbacks": "torch lightning .measures .methods .metrics .optim .diagnosis .figures .board "
+    ".bridge .compat",
     "compat": "torch numpy pyhessian .measures",
     "cli": "",  # and everything, inside functions
     "__init__": "",
@@ -104,6 +106,8 @@ def test_checker_tells_right_from_wrong(line):
         ("lightning_optkit.cli", "torch lightning numpy matplotlib tensorboard"),
         ("lightning_optkit.measures", "lightning matplotlib tensorboard"),
         ("lightning_optkit.methods", "lightning matplotlib tensorboard"),
+        ("lightning_optkit.optim", "lightning matplotlib tensorboard"),
+        ("lightning_optkit.metrics", "lightning tensorboard"),  # torchmetrics imports matplotlib
         ("lightning_optkit.board.tags, lightning_optkit.board.schema", "torch lightning"),
     ],
 )

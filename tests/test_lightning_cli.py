@@ -29,11 +29,34 @@ TYPICAL = {
         "max_overhead": None,
     },
     "Stability": {"every_n_epochs": 1, "num_batches": 2, "mode": "train", "name": "net"},
+    "Sharpness": {"kinds": ["ball", "adaptive"], "every_n_epochs": 1, "per_batch_size": 2},
+    "LossLandscape": {"kind": "line", "directions": "init", "resolution": 5, "basin_rise": 0.5},
     "SaddleEscape": {"every_n_steps": 2, "gradient_tol": 0.2, "max_escapes": 3},
     "SWA": {"start": 1, "lr": 0.01, "refresh_norm_stats": "layerwise", "use_for": ["validate"]},
+    "BatchScaling": {"reference_batch_size": 2, "rule": "sqrt", "warmup_epochs": 1.5},
+    "GradientMonitor": {"every_n_steps": 3, "per_layer": False, "parameters": ["net.0.*"]},
     "EMA": {"half_life": 5.0, "every_n_steps": 2, "device": "cpu", "name": "slow"},
+    "Mixup": {"alpha": 0.4, "per_sample": True, "targets": "none", "stop_epoch": 1},
+    "CutMix": {"probability": 0.5, "dims": [1], "targets": "none"},
+    "MixupOrCutMix": {"mixup_alpha": 0.1, "switch_probability": 0.3, "targets": "none", "seed": 3},
+    "NormSwap": {
+        "target": "ghost",
+        "where": ["net.*"],
+        "target_options": {"chunk_size": 2, "eps": 0.001},
+        "name": "all",
+    },
+    "TrustRatio": {"of": "update", "max_ratio": 10.0, "where": ["net.*"], "log": False},
+    "LRWarmup": {"fraction": 0.5, "shape": "cosine", "start_factor": 0.1, "optimizers": [0]},
 }
-CASES = [(name, {}) for name in CALLBACKS] + [(name, TYPICAL.get(name)) for name in CALLBACKS]
+LEAST = {  # of those that need something
+    "LRWarmup": {"steps": 3},
+    "Mixup": {"targets": "none"},
+    "CutMix": {"targets": "none"},
+    "MixupOrCutMix": {"targets": "none"},
+}
+CASES = [(name, LEAST.get(name, {})) for name in CALLBACKS] + [
+    (name, TYPICAL.get(name)) for name in CALLBACKS
+]
 
 
 class Net(pl.LightningModule):
@@ -144,6 +167,14 @@ def test_saved_config_builds_the_same_again(name, tmp_path):
         ("SWA", {"average": "polynomial", "eta": 2.0}),
         ("EMA", {"decay": 0.99}),
         ("EMA", {"decay": 0.0, "warmup": False}),
+        ("LRWarmup", {"steps": 500}),
+        ("LRWarmup", {"steps": [500, 200], "shape": "constant"}),
+        ("LRWarmup", {"epochs": 0.5}),
+        ("LRWarmup", {"shape": "untuned", "optimizers": 1}),
+        ("LRWarmup", {"steps": 4000, "shape": "noam", "d_model": 512}),
+        ("Mixup", {"input_key": 0, "target_key": "truth.label"}),
+        ("Mixup", {"input_key": ["views", 1, "image"], "alpha": 1.0}),
+        ("CutMix", {"targets": "cut", "dims": [2, 3]}),
         ("HessianSpectrum", {"tol_rel": 1e-4}),
         ("HessianSpectrum", {"num_batches": None, "data": [1, 2]}),
     ],
@@ -162,6 +193,21 @@ def test_function_is_given_by_its_path(tmp_path):
         assert arrived["loss_fn"].__code__.co_name == "loss_of"
 
 
+@pytest.mark.filterwarnings("ignore:.LRWarmup. never released")
+@pytest.mark.filterwarnings("ignore:.until. must ask for a metric")
+def test_condition_is_given_by_its_class(tmp_path):
+    condition = {
+        "class_path": "lightning_optkit.ErrorBelow",
+        "init_args": {"metric": "loss", "value": 0.5},
+    }
+    path = config_file(tmp_path, "LRWarmup", {"until": condition})
+    cli = command_line("fit", f"--config={path}", run=True)
+    (callback,) = (c for c in cli.trainer.callbacks if type(c).__name__ == "LRWarmup")
+    assert callback._settings.until == lightning_optkit.ErrorBelow("loss", 0.5)
+    (saved,) = yaml.safe_load((tmp_path / "config.yaml").read_text())["trainer"]["callbacks"]
+    assert saved["init_args"]["until"] == condition
+
+
 def test_start_in_yaml_means_what_it_means_in_python(tmp_path):
     arrived, callback = parsed(tmp_path, "SWA", {"start": 30})
     assert type(arrived["start"]) is int
@@ -170,10 +216,11 @@ def test_start_in_yaml_means_what_it_means_in_python(tmp_path):
 
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_callback_is_added_on_the_command_line(name):
+    key, value = next(iter(TYPICAL[name].items()))
     cli = command_line(
         "--trainer.logger=false",
         "--trainer.accelerator=cpu",
         f"--trainer.callbacks+=lightning_optkit.{name}",
-        "--trainer.callbacks.every_n_steps=7",
+        f"--trainer.callbacks.{key}={value}",
     )
-    assert cli.config.trainer.callbacks[0].init_args.every_n_steps == 7
+    assert cli.config.trainer.callbacks[0].init_args[key] == value

@@ -7,6 +7,20 @@ kind of picture to whoever looks.
 ``layers``, ``(layers, 6)``, float32: largest and smallest eigenvalue of each layer's block, its
 trace, its minimum ratio and the interval that holds it. ``layer_names``, ``(layers,)``, UTF-8
 bytes: the names, in the same order.
+
+``losses``, ``(points,)`` or ``(rows, columns)``, float32: losses along a line or on a plane; NaN or
+infinite where the loss is. ``axes``, ``(1, points)`` or ``(2, points)``: their positions, x before
+y. ``path``, ``(points, 2)``: the path of training in the plane; the last point is the origin.
+
+``layer_steps``, ``(layers, 6)``, float32, NaN for what is not defined: norms of each layer's
+gradient, weights and update, trust ratio, update ratio, and learning rate of an adaptive optimizer;
+with ``layer_names``.
+
+``activations``, ``(places, 2)``, float32: share of dead units of a ReLU, and of saturated values of
+a sigmoid or tanh; NaN for the other. ``activation_names``, as ``layer_names``.
+
+``trust_ratios``, ``(layers,)``, float32: what the gradient or the update of each layer was
+multiplied by; with ``layer_names``, of parameters.
 """
 
 from __future__ import annotations
@@ -52,7 +66,7 @@ def quadrature_array(
 
 
 def layers_array(rows: Sequence[Sequence[float]]) -> np.ndarray[Any, Any]:
-    """Return the ``layers`` payload of one row a layer.
+    """Return a payload of one row a layer, or a place, such as ``layers``.
 
     Example:
         >>> layers_array([(2.0, -1.0, 3.0, 0.5, 0.4, 0.6)]).shape
@@ -62,7 +76,7 @@ def layers_array(rows: Sequence[Sequence[float]]) -> np.ndarray[Any, Any]:
 
 
 def names_array(names: Sequence[str]) -> np.ndarray[Any, Any]:
-    """Return the ``layer_names`` payload.
+    """Return a payload of names, such as ``layer_names``.
 
     Example:
         >>> names_array(["head"]).tolist()

@@ -5,23 +5,54 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 __all__ = [
+    "ACTIVATIONS",
+    "ACTIVATION_NAMES",
     "AVERAGING",
     "AVERAGING_EVENT",
     "AVERAGING_SCALARS",
+    "BATCH_SCALING_EVENT",
+    "BATCH_SCALING_SCALARS",
+    "EFFECTIVE",
     "ESCAPE",
     "ESCAPE_EVENT",
     "ESCAPE_SCALARS",
     "EVENTS",
+    "FACTOR",
+    "GRADIENT",
+    "GRADIENT_FIGURE",
+    "GRADIENT_SCALARS",
     "HESSIAN",
     "HESSIAN_FIGURE",
     "HESSIAN_SCALARS",
+    "LANDSCAPE",
+    "LANDSCAPE_AXES",
+    "LANDSCAPE_FIGURE",
+    "LANDSCAPE_LOSSES",
+    "LANDSCAPE_PATH",
+    "LANDSCAPE_SCALARS",
     "LAYERS",
     "LAYERS_FIGURE",
     "LAYER_NAMES",
+    "LAYER_STEPS",
+    "MIXING",
+    "MIXING_FIGURE",
+    "MIXING_SCALARS",
+    "NORM_SWAP_EVENT",
     "QUADRATURE",
+    "RATES",
+    "RATE_TAGS",
+    "SCHEDULE_FIGURE",
+    "SHARPNESS",
+    "SHARPNESS_FIGURE",
+    "SHARPNESS_SCALARS",
     "STABILITY",
     "STABILITY_FIGURE",
     "STABILITY_SCALARS",
+    "TRUST",
+    "TRUST_RATIOS",
+    "TRUST_RATIO_FIGURE",
+    "TRUST_SCALARS",
+    "WARMUP_EVENT",
     "Tag",
     "tag",
 ]
@@ -44,6 +75,27 @@ LAYER_NAMES = "layer_names"
 LAYERS_FIGURE = "by_layer"
 """Figure of the last values by layer."""
 
+LANDSCAPE = "optkit-landscape"
+"""Topic of :class:`~lightning_optkit.LossLandscape`."""
+
+LANDSCAPE_FIGURE = "picture"
+"""Figure of the loss along the line or on the plane."""
+
+LANDSCAPE_LOSSES = "losses"
+"""Array of losses, see :mod:`lightning_optkit.board.schema`."""
+
+LANDSCAPE_AXES = "axes"
+"""Array of the positions at which they were taken."""
+
+LANDSCAPE_PATH = "path"
+"""Array of the path of training in the plane."""
+
+SHARPNESS = "optkit-sharpness"
+"""Topic of :class:`~lightning_optkit.Sharpness`."""
+
+SHARPNESS_FIGURE = "history"
+"""Figure of the kinds of sharpness through training, and of what a rescaling does to them."""
+
 STABILITY = "optkit-stability"
 """Topic of :class:`~lightning_optkit.Stability`."""
 
@@ -59,11 +111,63 @@ AVERAGING_EVENT = "averaging"
 ESCAPE = "optkit-escape"
 """Topic of :class:`~lightning_optkit.SaddleEscape`."""
 
+RATES = "optkit-lr"
+"""Topic of learning rates that a callback changes, by the names of ``LearningRateMonitor``."""
+
+EFFECTIVE = "effective"
+"""Before a name: the rate of the last step, with all that was done to it."""
+
+FACTOR = "factor"
+"""Before a name: what :class:`~lightning_optkit.LRWarmup` multiplied that rate by."""
+
+SCHEDULE_FIGURE = "schedule"
+"""Figure of the rates that a run will have, at its start."""
+
+WARMUP_EVENT = "warmup"
+"""Event of the end of a warmup; its value is how many steps it took."""
+
+NORM_SWAP_EVENT = "norm_swap"
+"""Event of norm layers that are others than the module made; its value is how many."""
+
+BATCH_SCALING_EVENT = "batch_scaling"
+"""Event of the end of a warmup to the rate of a large batch; its value is what that multiplies."""
+
+TRUST = "optkit-trust"
+"""Topic of :class:`~lightning_optkit.TrustRatio`."""
+
+TRUST_RATIOS = "trust_ratios"
+"""Array of the ratios by layer, see :mod:`lightning_optkit.board.schema`."""
+
+MIXING = "optkit-mixing"
+"""Topic of :class:`~lightning_optkit.Mixup`, ``CutMix`` and ``MixupOrCutMix``."""
+
+MIXING_FIGURE = "batch"
+"""Figure of the first mixed batch, where inputs look like images."""
+
 EVENTS = "optkit-events"
 """Topic of what happened at a step, for every time axis."""
 
 ESCAPE_EVENT = "escape"
 """Event of a step off a saddle; its value is the length of the step."""
+
+
+GRADIENT = "optkit-gradient"
+"""Topic of :class:`~lightning_optkit.GradientMonitor`."""
+
+LAYER_STEPS = "layer_steps"
+"""Array of one optimizer step by layer, see :mod:`lightning_optkit.board.schema`."""
+
+ACTIVATIONS = "activations"
+"""Array of dead and saturated shares by place, see :mod:`lightning_optkit.board.schema`."""
+
+ACTIVATION_NAMES = "activation_names"
+"""Array of the places' names, in the same order."""
+
+GRADIENT_FIGURE = "history"
+"""Figure of the loss and the gradient's norm, through training."""
+
+TRUST_RATIO_FIGURE = "trust_ratios"
+"""Figure of each layer's trust ratio, through training."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +246,89 @@ AVERAGING_SCALARS = (
     Tag("learning_rate", "rate", "of the last step, first parameter group; where `lr=` is given"),
 )
 """What an average logs."""
+
+MIXING_SCALARS = (
+    Tag("mixing", "share", "λ of the batch: what its own samples weigh; 1 where it is not mixed"),
+    Tag("share", "share", "of the epoch's batches so far that were mixed"),
+)
+"""What a callback that mixes batches logs."""
+
+RATE_TAGS = (
+    Tag("effective/<name>", "rate", "of the last step, with all that was done to it"),
+    Tag("factor/<name>", "share", "what the warmup multiplied the scheduled rate by in that step"),
+)
+"""What is logged of learning rates; the name is that of an optimizer or of a parameter group."""
+
+BATCH_SCALING_SCALARS = (
+    Tag("batch_size", "samples", "in an optimizer step, over all devices and what is accumulated"),
+    Tag("scale", "factor", "what the scheduled rate is multiplied by for it, after any warmup"),
+)
+"""What :class:`~lightning_optkit.BatchScaling` logs, beside the effective rates."""
+
+TRUST_SCALARS = (
+    Tag("mean", "factor", "over the layers, of what each was multiplied by in the last step"),
+    Tag("min", "factor", "the smallest of them"),
+    Tag("max", "factor", "the largest"),
+)
+"""What trust ratios log of the last step of each optimizer."""
+
+GRADIENT_SCALARS = (
+    Tag("gradient_norm", "loss / parameter", "norm of the gradient that training uses, unclipped"),
+    Tag("weight_norm", "parameter", "norm of the weights before the step"),
+    Tag("update_norm", "parameter", "norm of what the step changed"),
+    Tag("trust_ratio", "parameter² / loss", "weight_norm / gradient_norm"),
+    Tag("update_ratio", "share", "update_norm / weight_norm"),
+    Tag("effective_learning_rate", "parameter² / loss", "of an adaptive optimizer, eta / sigma"),
+    Tag("noise_scale", "samples", "noise of one sample's gradient over signal, tr(S) / |G|²"),
+    Tag("noise_scale_standard_error", "samples", "of the noise scale, over the points averaged"),
+    Tag("critical_batch_size", "samples", "the noise scale as a batch: beyond it little is won"),
+    Tag("noise_source", "code", "0 accumulated batches, 1 ranks, 2 both, 3 halves of a batch"),
+    Tag("batch_size", "samples", "in the step, over all ranks and what is accumulated"),
+    Tag("dead", "share", "of the units of ReLUs, those that are zero on the whole batch"),
+    Tag("saturated", "share", "of the values of sigmoids and tanhs, those near an asymptote"),
+    Tag("loss", "loss", "mean of the training step's loss over the batches of the step"),
+    Tag("seconds", "s", "wall time spent on this point"),
+)
+"""What :class:`~lightning_optkit.GradientMonitor` logs at each measured step."""
+
+
+SHARPNESS_SCALARS = (
+    Tag("epsilon", "%", "Keskar's: largest rise of the loss in a small box, of 1 + loss"),
+    Tag("epsilon_lower", "%", "the smaller of what its two maximisers found"),
+    Tag("ball", "loss", "largest rise of the loss within a radius rho, as found by ascent"),
+    Tag("ball_lower", "loss", "the rise after one step of ascent, as SAM takes it"),
+    Tag("adaptive", "loss", "as ball, with lengths relative to each parameter"),
+    Tag("adaptive_lower", "loss", "the rise after one step of ascent, as ASAM takes it"),
+    Tag("average", "loss", "mean rise of the loss under Gaussian perturbations"),
+    Tag("average_standard_error", "loss", "its standard error over perturbations"),
+    Tag("adaptive_average", "loss", "as average, relative to each parameter"),
+    Tag("adaptive_average_standard_error", "loss", "its standard error over perturbations"),
+    Tag("lambda_max", "eigenvalue", "largest eigenvalue of the Hessian, algebraically"),
+    Tag("lambda_max_lower", "eigenvalue", "lambda_max minus the estimate of its error"),
+    Tag("loss", "loss", "loss on the held batches, where sharpness was taken"),
+    Tag("num_samples", "samples", "training samples held, over all ranks"),
+    Tag("seconds", "s", "wall time spent on this point"),
+)
+"""What :class:`~lightning_optkit.Sharpness` logs at each measured step.
+
+A second ``epsilon`` adds ``epsilon_0.0005`` and its ``_lower``; ``per_batch_size`` adds
+``epsilon_per_batch``, ``ball_per_batch`` and ``adaptive_per_batch``.
+"""
+
+
+LANDSCAPE_SCALARS = (
+    Tag("loss", "loss", "loss on the held batches, in the middle of the picture"),
+    Tag("lowest", "loss", "lowest loss of the picture"),
+    Tag("highest", "loss", "highest finite loss of the picture"),
+    Tag("num_gaps", "points", "points whose loss is NaN or infinite"),
+    Tag("num_losses", "losses", "losses spent"),
+    Tag("explained", "share", "share of the path's squared length that its plane explains"),
+    Tag("log_radius", "ln parameter", "mean logarithm of the distance to the rim of the basin"),
+    Tag("log_radius_standard_error", "ln parameter", "its standard error over directions"),
+    Tag("num_samples", "samples", "training samples held, over all ranks"),
+    Tag("seconds", "s", "wall time spent on this picture"),
+)
+"""What :class:`~lightning_optkit.LossLandscape` logs at each picture."""
 
 
 def tag(topic: str, name: str) -> str:

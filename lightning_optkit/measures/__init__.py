@@ -1,10 +1,19 @@
 """What does the loss surface look like at these parameters? Pure functions of tensors."""
 
+from lightning_optkit.measures.activations import ActivationRecorder, Activations
+from lightning_optkit.measures.adaptive_rates import effective_rate
 from lightning_optkit.measures.critical_point import CriticalPoint, Descent, critical_point
 from lightning_optkit.measures.eigenpairs import Eigenpairs, top_eigenpairs
 from lightning_optkit.measures.errors import CurvatureError, WrongDerivativesError
 from lightning_optkit.measures.escape import EscapeAttempt, escape_attempt
 from lightning_optkit.measures.gauss_newton import GaussNewtonOperator
+from lightning_optkit.measures.gradient_noise import (
+    NoisePoint,
+    NoiseScale,
+    noise_point,
+    noise_scale,
+)
+from lightning_optkit.measures.gradients import StepTable, tensor_norms
 from lightning_optkit.measures.lanczos import Tridiagonal, lanczos
 from lightning_optkit.measures.layers import layer_spectra
 from lightning_optkit.measures.operators import HessianOperator
@@ -17,8 +26,11 @@ from lightning_optkit.measures.stability import (
     stability_threshold,
 )
 from lightning_optkit.measures.step_size import GradientStep, step_along_gradient
+from lightning_optkit.measures.trust_ratios import lamb_ratios, lars_ratios
 
 __all__ = [
+    "ActivationRecorder",
+    "Activations",
     "CriticalPoint",
     "CurvatureError",
     "Descent",
@@ -27,19 +39,28 @@ __all__ = [
     "GaussNewtonOperator",
     "GradientStep",
     "HessianOperator",
+    "NoisePoint",
+    "NoiseScale",
     "PreconditionedHessian",
     "Share",
     "Spectrum",
     "StabilityThreshold",
+    "StepTable",
     "Tridiagonal",
     "WrongDerivativesError",
     "critical_point",
+    "effective_rate",
     "escape_attempt",
     "full_precision",
     "hessian_spectrum",
+    "lamb_ratios",
     "lanczos",
+    "lars_ratios",
     "layer_spectra",
+    "noise_point",
+    "noise_scale",
     "stability_threshold",
     "step_along_gradient",
+    "tensor_norms",
     "top_eigenpairs",
 ]
