@@ -11,11 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import ASGD, LBFGS, SGD, Optimizer
 
-from lightning_optkit.bridge.attended_step import torch_optimizers
-
 __all__ = [
     "Of",
-    "chosen_optimizers",
     "of_optimizer",
     "parameters_of",
     "require_layers",
@@ -27,24 +24,6 @@ Of = Literal["gradient", "update"]
 _LINEAR = (SGD, ASGD)  # of torch's own: twice the gradient, twice the step
 # How the names of such optimizers end; Adafactor's steps are relative to the size of the weights.
 _LAYERWISE = ("lars", "lamb", "larc", "adafactor")
-
-
-def chosen_optimizers(
-    trainer: pl.Trainer, indices: Sequence[int] | None
-) -> list[tuple[int, Optimizer]]:
-    """Return those optimizers of the Trainer, with their indices; ``None`` = all.
-
-    Raises:
-        MisconfigurationException: if there is none of that index, or one that is none of torch's.
-    """
-    found = torch_optimizers(trainer)
-    chosen = range(len(found)) if indices is None else indices
-    if any(i >= len(found) for i in chosen):
-        raise MisconfigurationException(
-            f"`optimizers` must be indices below {len(found)}, the number of the module's "
-            f"optimizers, got {list(chosen)}. `None` takes all."
-        )
-    return [(i, found[i]) for i in chosen]
 
 
 def of_optimizer(optimizer: Optimizer, of: Of | Literal["auto"]) -> Of:

@@ -13,6 +13,7 @@ from torch.optim import Adadelta, Adagrad, Optimizer, RMSprop
 from lightning_optkit.board import tags
 from lightning_optkit.bridge.arguments import is_count, is_number
 from lightning_optkit.bridge.cadence import logger_step
+from lightning_optkit.bridge.chosen_optimizers import chosen_optimizers, optimizer_indices
 from lightning_optkit.bridge.effective_batch import (
     EffectiveBatch,
     batch_per_device,
@@ -23,7 +24,6 @@ from lightning_optkit.bridge.gradual_rate import GradualRate
 from lightning_optkit.bridge.momentum_correction import MomentumCorrection
 from lightning_optkit.bridge.optimizer_steps import Rate, RateInStep, StepWatch
 from lightning_optkit.bridge.report import report
-from lightning_optkit.bridge.scalable_optimizers import chosen_optimizers
 from lightning_optkit.methods.batch_scaling import ScalingRule, scaling_factor
 
 __all__ = ["BatchScaling"]
@@ -84,7 +84,7 @@ class BatchScaling(pl.Callback):
         *,
         batch_size: int | None = None,
         momentum_correction: bool | None = None,
-        optimizers: Sequence[int] | None = None,
+        optimizers: int | Sequence[int] | None = None,
     ) -> None:
         if not is_count(reference_batch_size, least=1):
             raise ValueError(
@@ -110,7 +110,7 @@ class BatchScaling(pl.Callback):
         self._reference = reference_batch_size
         self._rule: ScalingRule = rule
         self._given = batch_size
-        self._optimizers = _indices(optimizers)
+        self._optimizers = optimizer_indices(optimizers)
         self._watch = StepWatch()
         self._scaling = RateInStep(self._scaled, role="batch scaling")
         self._warmup = GradualRate(
@@ -263,18 +263,6 @@ class BatchScaling(pl.Callback):
                 "which is SGD's: an adaptive step does not grow with the gradient. Write "
                 "`BatchScaling(rule='sqrt')`."
             )
-
-
-def _indices(optimizers: Sequence[int] | None) -> list[int] | None:
-    if optimizers is None:
-        return None
-    is_list = isinstance(optimizers, Sequence) and not isinstance(optimizers, str)
-    if not is_list or not optimizers or not all(is_count(i, least=0) for i in optimizers):
-        raise ValueError(
-            f"`optimizers` must be a list of indices such as [0], got {optimizers!r}. `None` takes "
-            "all."
-        )
-    return sorted(set(optimizers))
 
 
 def _is_adaptive(optimizer: Optimizer) -> bool:

@@ -7,13 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_optkit.board import tags
-from lightning_optkit.bridge.arguments import is_count
-from lightning_optkit.bridge.attended_step import torch_optimizers
 from lightning_optkit.bridge.cadence import logger_step
+from lightning_optkit.bridge.chosen_optimizers import chosen_optimizers, optimizer_indices
 from lightning_optkit.bridge.condition import Condition, MetricsCondition
 from lightning_optkit.bridge.effective_rates import (
     EffectiveRates,
@@ -114,7 +112,7 @@ class LRWarmup(pl.Callback):
             start_factor=start_factor,
             d_model=d_model,
         )
-        self._indices = _indices(optimizers)
+        self._indices = optimizer_indices(optimizers)
         if name is not None and not re.fullmatch(r"[a-z0-9_]+", str(name)):
             raise ValueError(
                 f"`name` must be snake_case, such as 'critic', got {name!r}. It becomes part of "
@@ -140,7 +138,7 @@ class LRWarmup(pl.Callback):
             self._start_anew()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        ruled = self._ruled(trainer)
+        ruled = [i for i, _ in chosen_optimizers(trainer, self._indices)]
         self._warmup.attach(trainer, ruled)
         self._rates.attach(trainer, ruled)
         if self._begins and not _is_trial(trainer):
@@ -196,17 +194,6 @@ class LRWarmup(pl.Callback):
     def _leave(self) -> None:
         self._rates.detach()
         self._warmup.detach()
-
-    def _ruled(self, trainer: pl.Trainer) -> list[int]:
-        """Return the indices of the optimizers that are warmed up."""
-        num_optimizers = len(torch_optimizers(trainer))
-        ruled = range(num_optimizers) if self._indices is None else self._indices
-        if any(i >= num_optimizers for i in ruled):
-            raise MisconfigurationException(
-                f"`optimizers` must be indices below {num_optimizers}, the number of the module's "
-                f"optimizers, got {list(ruled)}. `None` takes all."
-            )
-        return list(ruled)
 
     def _factors(self, trainer: pl.Trainer) -> dict[str, float]:
         """Return the factors of the last steps by tag."""
@@ -329,16 +316,3 @@ class LRWarmup(pl.Callback):
 def _is_trial(trainer: pl.Trainer) -> bool:
     """Return whether one batch is run to try all that comes late in a run."""
     return bool(getattr(trainer, "fast_dev_run", False))
-
-
-def _indices(optimizers: int | Sequence[int] | None) -> list[int] | None:
-    if optimizers is None:
-        return None
-    found = optimizers if isinstance(optimizers, Sequence) else [optimizers]
-    is_right = bool(found) and all(is_count(i, least=0) for i in found)
-    if not is_right or len(set(found)) < len(found):
-        raise ValueError(
-            f"`optimizers` must be an index or a list of indices such as [0, 1], got "
-            f"{optimizers!r}. `None` takes all."
-        )
-    return list(found)

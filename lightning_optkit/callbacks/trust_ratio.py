@@ -19,15 +19,15 @@ from torch.optim import Optimizer
 
 from lightning_optkit.board import tags
 from lightning_optkit.board.schema import names_array
-from lightning_optkit.bridge.arguments import is_count, is_number
+from lightning_optkit.bridge.arguments import is_number
 from lightning_optkit.bridge.cadence import logger_step
+from lightning_optkit.bridge.chosen_optimizers import chosen_optimizers, optimizer_indices
 from lightning_optkit.bridge.effective_rates import is_logged, optimizer_names
 from lightning_optkit.bridge.optimizer_steps import UpdateInStep
 from lightning_optkit.bridge.reduce import require_whole_parameters
 from lightning_optkit.bridge.report import report
 from lightning_optkit.bridge.scalable_optimizers import (
     Of,
-    chosen_optimizers,
     of_optimizer,
     parameters_of,
     require_layers,
@@ -42,7 +42,7 @@ from lightning_optkit.methods.trust_ratio import (
     scaled_gradients,
     scaled_updates,
 )
-from lightning_optkit.optim.groups import _left_alone
+from lightning_optkit.optim.groups import left_alone
 from lightning_optkit.optim.norms import layout_of, local_norms, whole_norms
 
 __all__ = ["TrustRatio"]
@@ -106,7 +106,7 @@ class TrustRatio(pl.Callback):
         where: Sequence[str] | None = None,
         exclude_norm_and_bias: bool = True,
         max_ratio: float | None = None,
-        optimizers: Sequence[int] | None = None,
+        optimizers: int | Sequence[int] | None = None,
         log: bool = True,
         name: str | None = None,
     ) -> None:
@@ -134,7 +134,7 @@ class TrustRatio(pl.Callback):
         self._where = _patterns(where)
         self._excludes = exclude_norm_and_bias
         self._max_ratio = max_ratio
-        self._optimizers = _indices(optimizers)
+        self._optimizers = optimizer_indices(optimizers)
         self._log = log
         self._update = UpdateInStep(self._around)
         self._start_anew()
@@ -271,7 +271,7 @@ class TrustRatio(pl.Callback):
                     f"`where` must match names of parameters, got {pattern!r}, which matches none. "
                     f"The names begin with: {', '.join(list(named)[:8])}."
                 )
-        left = set(_left_alone(pl_module, ())) if self._excludes else set()
+        left = set(left_alone(pl_module, ())) if self._excludes else set()
         return {
             p: name
             for name, p in named.items()
@@ -329,15 +329,3 @@ def _patterns(where: Sequence[str] | None) -> list[str] | None:
             "takes all."
         )
     return list(where)
-
-
-def _indices(optimizers: Sequence[int] | None) -> list[int] | None:
-    if optimizers is None:
-        return None
-    is_list = isinstance(optimizers, Sequence) and not isinstance(optimizers, str)
-    if not is_list or not optimizers or not all(is_count(i, least=0) for i in optimizers):
-        raise ValueError(
-            f"`optimizers` must be a list of indices such as [0], got {optimizers!r}. `None` takes "
-            "all."
-        )
-    return sorted(set(optimizers))

@@ -78,5 +78,5 @@ def lamb_ratios(
 
 
 def _where_both(first: Tensor, second: Tensor, ratios: Tensor) -> Tensor:
-    """Return the ratios where both norms are positive, else 1: a zero has no size to go by."""
-    return torch.where((first > 0) & (second > 0), ratios, 1.0)
+    """Return the ratios, but 1 where a norm is zero: it has no size to go by. NaN stays NaN."""
+    return torch.where((first == 0) | (second == 0), 1.0, ratios)

@@ -111,7 +111,7 @@ def chunk_sizes(num_samples: int, chunk_size: int) -> list[int]:
         >>> chunk_sizes(8, 4), chunk_sizes(10, 4), chunk_sizes(9, 4), chunk_sizes(1, 4)
         ([4, 4], [4, 4, 2], [4, 5], [1])
     """
-    num_full, rest = divmod(num_samples, chunk_size)
+    num_full, rest = num_samples // chunk_size, num_samples % chunk_size  # compilable
     sizes = [chunk_size] * num_full
     if rest == 1 and sizes:  # a single value has no variance
         sizes[-1] += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from lightning_optkit.optim.norms import is_flattened
 from lightning_optkit.optim.settings import check_number
 
-__all__ = ["lars_param_groups"]
+__all__ = ["lars_param_groups", "left_alone"]
 
 _NORM_LAYERS: tuple[type[nn.Module], ...] = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
@@ -24,7 +25,7 @@ def lars_param_groups(
     """Return two groups of parameters: those to scale and decay, and those to do neither with.
 
     The first are matrices and filters. The second are biases and the parameters of norm layers: all
-    of at most one dimension, all of a norm layer, all whose name says ``bias``, and what
+    of at most one dimension, all of a norm layer, all whose name has the word ``bias``, and what
     ``exclude`` names. Their norms say little, a bias that starts at zero least of all, and decay
     would pull a norm layer's scale to zero.
 
@@ -69,13 +70,13 @@ def lars_param_groups(
                 f"`exclude` must hold patterns of parameters' names, got {pattern!r}, which fits "
                 f"none. They begin with: {', '.join(sorted(names)[:5])}."
             )
-    left_alone = set(map(id, _left_alone(module, patterns)))
+    apart = set(map(id, left_alone(module, patterns)))
     scaled: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             _check(name, parameter)
-            (plain if id(parameter) in left_alone else scaled).append(parameter)
+            (plain if id(parameter) in apart else scaled).append(parameter)
     if not scaled and not plain:
         raise ValueError(
             "`module` must have a parameter that requires a gradient, got none. Make its layers "
@@ -87,14 +88,19 @@ def lars_param_groups(
     ]
 
 
-def _left_alone(module: nn.Module, patterns: Sequence[str]) -> Iterator[nn.Parameter]:
-    """Yield the parameters that are neither scaled nor decayed, some more than once."""
+def left_alone(module: nn.Module, patterns: Sequence[str]) -> Iterator[nn.Parameter]:
+    """Yield the parameters that are neither scaled nor decayed, some more than once.
+
+    Args:
+        module: as for :func:`lars_param_groups`; frozen ones are among them.
+        patterns: of further names.
+    """
     for path, owner in module.named_modules(remove_duplicate=False):
         for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
             full = f"{path}.{name}" if path else name
             if (
                 isinstance(owner, _NORM_LAYERS)
-                or "bias" in name
+                or re.search(r"(^|_)bias(_|$)", name)
                 or isinstance(parameter, UninitializedParameter)
                 or parameter.ndim <= 1
                 or any(fnmatchcase(full, pattern) for pattern in patterns)

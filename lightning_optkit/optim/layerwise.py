@@ -199,7 +199,7 @@ class LayerwiseOptimizer(Optimizer):
                 grad = parameter.grad
                 if grad is None:
                     continue
-                if grad.is_sparse:
+                if grad.layout != torch.strided:
                     raise RuntimeError(
                         "Gradients must be dense, got a sparse one. Write `sparse=False` in the "
                         "embedding, or give its weight to `torch.optim.SparseAdam`."

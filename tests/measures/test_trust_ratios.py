@@ -81,3 +81,10 @@ def test_dtype_shape_and_arguments_stay(ratios, dtype):
 
 def test_an_infinite_gradient_makes_no_step():
     assert lars_ratios(vector(1.0), vector(math.inf)) == 0
+
+
+def test_what_is_no_number_is_seen():
+    norms = torch.tensor([torch.nan, 2.0, torch.inf])
+    others = torch.tensor([1.0, torch.nan, 1.0])
+    assert lars_ratios(norms, others).isfinite().tolist() == [False, False, False]
+    assert lamb_ratios(norms, others).isfinite().tolist() == [False, False, False]

@@ -178,3 +178,17 @@ def test_flattened_parameters_are_refused():
 def test_bad_arguments_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         lars_param_groups(**{"module": nn.Linear(2, 1), "weight_decay": 0.1} | arguments)
+
+
+def test_a_word_is_a_bias_and_not_a_part_of_one():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unbiased_weight = nn.Parameter(torch.ones(2, 2))
+            self.in_proj_bias = nn.Parameter(torch.ones(2, 2))
+            self.bias_k = nn.Parameter(torch.ones(1, 1, 2))
+
+    odd = Odd()
+    scaled, plain = lars_param_groups(odd, weight_decay=0.1)
+    assert [id(p) for p in scaled["params"]] == [id(odd.unbiased_weight)]
+    assert [id(p) for p in plain["params"]] == [id(odd.in_proj_bias), id(odd.bias_k)]
