@@ -230,8 +230,8 @@ def _settled(leaf: Any) -> Any:
         weight = mixing.weight
         if isinstance(weight, Tensor) and first.shape[:1] != weight.shape:
             raise MixedTargetError(
-                f"Only what has one row for each of {len(weight)} samples can have one λ a sample, got "
-                f"the shape {tuple(first.shape)}. Mix with one λ a batch "
+                "Only what has one row a sample can have one λ a sample: got the shape "
+                f"{tuple(first.shape)} for {len(weight)} of them. Mix with one λ a batch "
                 "(`per_sample=False`)."
             )
         if first.is_floating_point() or first.is_complex():
