@@ -11,32 +11,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_optkit.bridge.batch_parts import num_rows
 from lightning_optkit.bridge.probe import Probe
 from lightning_optkit.bridge.reduce import sum_over_ranks
 from lightning_optkit.bridge.together import gathered, together
 
-__all__ = ["BatchGradients", "half_batches", "half_gradient", "half_gradients", "num_rows"]
-
-
-def num_rows(batch: Any) -> int | None:
-    """Return the length of the first dimension that all tensors of a batch share, if they do.
-
-    Tensors of a single number do not count.
-
-    Example:
-        >>> num_rows({"image": torch.zeros(8, 3), "scale": torch.tensor(2.0)})
-        8
-        >>> num_rows([torch.zeros(8, 3), torch.zeros(5)]) is None
-        True
-    """
-    lengths: set[int] = set()
-
-    def see(tensor: Tensor) -> Tensor:
-        lengths.update(tensor.shape[:1])
-        return tensor
-
-    apply_to_collection(batch, Tensor, see)
-    return lengths.pop() if len(lengths) == 1 else None
+__all__ = ["BatchGradients", "half_batches", "half_gradient", "half_gradients"]
 
 
 def half_batches(batch: Any) -> list[Any]:

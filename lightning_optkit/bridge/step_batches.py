@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_optkit.bridge.half_batches import num_rows
+from lightning_optkit.bridge.batch_parts import num_rows
 from lightning_optkit.bridge.local_gradients import LocalGradients
 from lightning_optkit.bridge.step_visit import gradient_scale
 from lightning_optkit.bridge.together import gathered

@@ -8,7 +8,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_optkit.bridge.half_batches import half_batches, half_gradients, num_rows
+from lightning_optkit.bridge.batch_parts import num_rows
+from lightning_optkit.bridge.half_batches import half_batches, half_gradients
 
 
 @dataclass
