@@ -108,8 +108,8 @@ class LossLandscape(Observer[LandscapeReport]):
 
     Cost:
         ``resolution`` losses for a line, its square for a plane, on ``num_batches`` batches: a
-        forward pass of the step each, and some milliseconds to leave no trace of it. About 300 losses for ``basin_rise``; 10 to 40
-        Hessian-vector products for ``"hessian"``.
+        forward pass of the step each, and some milliseconds to leave no trace of it. About 300
+        losses for ``basin_rise``; 10 to 40 Hessian-vector products for ``"hessian"``.
 
     When it misleads:
         A plane is two directions of a million: what it shows as a bowl may be a saddle. Random
