@@ -12,7 +12,13 @@ from sklearn.metrics import accuracy_score
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torchmetrics.functional import accuracy, confusion_matrix
+from torchmetrics.functional import (
+    accuracy,
+    auroc,
+    calibration_error,
+    confusion_matrix,
+    f1_score,
+)
 
 from lightning_optkit.methods.mixed_target import MixedTarget, MixedTargetError, Mixing, settled
 
@@ -609,6 +615,18 @@ def test_functions_of_torchmetrics_check_labels_and_are_mixed():
     assert float(accuracy(z, y, **kwargs)) == pytest.approx(0.3 * a + 0.7 * b)
     found = settled(confusion_matrix(z, y, **kwargs))
     assert torch.equal(found, confusion_matrix(z, second, **kwargs))
+
+
+@pytest.mark.parametrize("metric", [accuracy, confusion_matrix, f1_score, auroc, calibration_error])
+def test_functions_of_torchmetrics_with_a_lambda_a_sample(metric):
+    first, second = labels(40)
+    p, weights = F.softmax(drawn(40, CLASSES), 1), torch.linspace(0, 1, 40, dtype=torch.float64)
+    kwargs = {"task": "multiclass", "num_classes": CLASSES}
+    found = settled(metric(p, MixedTarget.of(first, second, Mixing(weights)), **kwargs))
+    assert type(found) is torch.Tensor
+    if metric is not calibration_error:  # what is counted is the heavier label
+        expected = metric(p, torch.where(weights >= 0.5, first, second), **kwargs)
+        torch.testing.assert_close(found, expected)
 
 
 # -- what is refused ---------------------------------------------------------------------------
