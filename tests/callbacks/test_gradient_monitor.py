@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -379,6 +380,16 @@ def test_the_noise_of_two_optimizers_is_left_out_with_a_word_and_measured_of_one
     assert {row.layer for row in critic.history[-1].table.rows} == {"critic.0", "critic.2"}
 
 
+def test_the_noise_is_that_of_the_loss_that_is_asked_for():
+    generator = every_step(parameters=["generator.*"], loss_index=0)
+    train(GAN(), image_loader(), generator, limit_train_batches=1)
+    assert generator.history[0].noise.variance > 0
+    other = every_step(parameters=["generator.*"], loss_index=1)  # the critic's stops before it
+    with pytest.warns(UserWarning, match="the noise scale.*a loss that depends on the parameters"):
+        train(GAN(), image_loader(), other, limit_train_batches=1)
+    assert other.history[0].noise is None
+
+
 class TakesTurns(GAN):
     """Steps one optimizer in even batches, the other in odd ones."""
 
@@ -519,6 +530,28 @@ def test_a_part_that_fails_says_so_once_and_training_goes_on(name, what, monkeyp
     assert not any(p._backward_hooks for p in module.parameters())
 
 
+class HooksAfterSteps(pl.Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if not trainer.fit_loop._should_accumulate():
+            self.seen += [bool(p._backward_hooks) for p in pl_module.parameters()]
+
+
+def test_no_hook_outlives_its_step_even_where_it_cannot_be_read(monkeypatch):
+    def fails(self, trainer):
+        raise KeyError("broken")
+
+    monkeypatch.setattr(gradient_monitor.StepBatches, "before_step", fails)
+    hooks, monitor = HooksAfterSteps(), every_step(every_n_steps=50)
+    with pytest.warns(UserWarning, match="leaves out the noise scale"):
+        train(Regression(), loader(*[4] * 6), monitor, hooks, accumulate_grad_batches=2)
+    assert hooks.seen
+    assert not any(hooks.seen)
+    assert monitor.history[0].noise is None
+
+
 def test_an_exception_in_training_leaves_nothing_behind():
     class Fails(Regression):
         def on_before_optimizer_step(self, optimizer):
@@ -574,12 +607,15 @@ def test_everything_reaches_the_loggers(tmp_path):
     loggers = [CSVLogger(tmp_path), TensorBoardLogger(tmp_path, name="tensorboard")]
     module = Regression(torch.optim.AdamW, lr=1e-3)
     monitor = every_step()
+    began = time.monotonic()
     train(module, loader(8, 8, 8), monitor, logger=loggers)
+    elapsed = time.monotonic() - began
     with (Path(loggers[0].log_dir) / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     found = {key.split("/")[1] for row in rows for key in row if key.startswith("optkit-gradient/")}
     assert found == {tag.name for tag in tags.GRADIENT_SCALARS}
     assert [row["step"] for row in rows] == ["0", "1", "2"]
+    assert all(0 < float(row["optkit-gradient/seconds"]) < elapsed for row in rows)
     assert rows[0]["optkit-gradient/noise_scale_standard_error"] == ""  # of one point
     events = EventAccumulator(loggers[1].log_dir, size_guidance={"tensors": 0})
     events.Reload()

@@ -184,7 +184,9 @@ def noted(callback):
 
 def test_logs_stages_and_the_picture(tmp_path, caplog):
     callback, module = Mixup(1.0), Net()
-    mixes, losses, seen = noted(callback), [], []
+    mixes, losses, seen, drawn = noted(callback), [], [], []
+    draw = callback.figure
+    callback.figure = lambda images: drawn.append(images) or draw(images)
 
     class Looks(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -224,6 +226,11 @@ def test_logs_stages_and_the_picture(tmp_path, caplog):
     means = [float(row["mean_loss"]) for row in logged(tmp_path) if row["mean_loss"]]
     assert means == pytest.approx([float(sum(losses[i : i + 6])) / 6 for i in (0, 6)])
     assert (tmp_path / "csv/version_0/optkit-mixing-batch.png").stat().st_size > 5_000
+    (images_drawn,) = drawn  # of the first mixed batch
+    torch.testing.assert_close(torch.from_numpy(images_drawn.images), mixes[0].inputs)
+    assert images_drawn.mixing.tolist() == [mixes[0].mixing] * 4
+    labels = plain[0][1]
+    assert images_drawn.labels == (labels.tolist(), mixes[0].second(labels).tolist())
     assert "training_step" not in vars(module)
 
 
@@ -242,6 +249,9 @@ def test_share_of_an_epoch_and_batches_of_one_sample(tmp_path):
         found = [float(row["optkit-mixing/share"]) for row in rows[first : first + 6]]
         assert found == pytest.approx(shares)
         assert 0 < shares[-1] < 1
+    resumed = Mixup()
+    resumed.load_state_dict(callback.state_dict())
+    assert resumed._counted == callback._counted == (1, 6, sum(is_mixed))
 
 
 def test_a_second_fit_and_another_module():
@@ -287,6 +297,18 @@ def test_beside_averages_of_the_weights():
     trainer_of(ours, Mixup(), theirs).fit(together, loader())
     assert ours.num_averaged == 12
     assert theirs._average_model is None or "training_step" not in vars(together)
+
+
+def test_it_stands_around_training_alone():
+    class Looks(pl.Callback):
+        def on_test_start(self, trainer, pl_module):
+            assert "training_step" not in vars(pl_module)
+            assert callback._module is None
+
+    callback, module = Mixup(), Net()
+    trainer = trainer_of(callback, Looks())
+    trainer.test(module, loader(), verbose=False)
+    assert "training_step" not in vars(module)
 
 
 def test_two_that_mix_are_refused():

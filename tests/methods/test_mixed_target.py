@@ -39,6 +39,8 @@ def labels(*shape, seed=0):
     return first, first[torch.randperm(len(first), generator=generator)]
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
 # -- losses as people write them, of logits (batch, classes) and labels (batch,) ---------------
 
 
@@ -250,7 +252,7 @@ ALL = MEANS | WEIGHTED | TOGETHER | FURTHER
 
 
 def value_and_gradient(loss, z):
-    (gradient,) = torch.autograd.grad(loss, z)
+    (gradient,) = torch.autograd.grad(loss, z, retain_graph=True)
     return loss.detach(), gradient
 
 
@@ -556,21 +558,40 @@ def test_what_is_left_of_a_batch_is_plain():
     assert torch.stack([loss, loss]).mean().item() == pytest.approx(value, abs=1e-15)
 
 
-def test_what_is_left_goes_into_the_next_batch_as_it_is():
+@pytest.mark.parametrize("is_first", [False, True])
+def test_what_is_left_goes_into_the_next_batch_as_it_is(is_first):
     z = drawn(BATCH, CLASSES).requires_grad_()
     before = Mixing(0.9)
     kept = F.cross_entropy(z, MixedTarget.of(*labels(BATCH), before))
-    value = settled(kept).detach()
+    value = settled(kept)
     before.close()
 
-    def function(z, y):
-        return 0.9 * kept.detach() + F.cross_entropy(z, y) ** 2
+    def function(kept):
+        def loss(z, y):
+            now = F.cross_entropy(z, y) ** 2
+            return torch.mul(kept, now) if is_first else now + kept
 
-    found = proxied(function, z, *labels(BATCH, seed=1), 0.3)
-    expected = apart(
-        lambda z, y: 0.9 * value + F.cross_entropy(z, y) ** 2, z, *labels(BATCH, seed=1), 0.3
-    )
-    assert_equal(found, expected)
+        return loss
+
+    batch = labels(BATCH, seed=1)
+    expected = apart(function(value), z, *batch, 0.3)
+    assert_equal(proxied(function(kept), z, *batch, 0.3), expected)
+
+
+def test_what_is_written_into_stays_the_same_object():
+    z = drawn(BATCH, CLASSES)
+    mixing = Mixing(0.3)
+    loss = F.cross_entropy(z, MixedTarget.of(*labels(BATCH), mixing))
+    total = alias = torch.zeros((), dtype=torch.float64)
+    total += loss
+    assert total is alias
+    assert torch.add(loss, loss, out=total) is alias
+    memory = torch.zeros(2, dtype=torch.float64)
+    part = memory[1:]
+    part += loss
+    mixing.close()
+    mixing.close()  # once more does nothing
+    assert memory.tolist() == [0.0, pytest.approx(float(loss))]
 
 
 def test_backward_mixes_by_itself():
@@ -607,8 +628,8 @@ def test_parameters_stay_what_they_are():
 def test_functions_of_torchmetrics_check_labels_and_are_mixed():
     first, second = labels(BATCH)
     z = drawn(BATCH, CLASSES)
-    second[0] = first[0] = 1  # fewer classes in one than in the other
-    first[:2] = 0
+    first[first == 3] = 2  # fewer classes in one than in the other
+    assert len(first.unique()) < len(second.unique())
     y = MixedTarget.of(first, second, Mixing(0.3))
     kwargs = {"task": "multiclass", "num_classes": CLASSES}
     a, b = (float(accuracy(z, target, **kwargs)) for target in (first, second))
@@ -697,3 +718,24 @@ def test_what_runs_without_python_sees_the_first_target_and_is_no_mixed_loss():
     assert type(loss) is torch.Tensor
     assert torch.equal(loss, F.cross_entropy(z, first))
     assert not mixing.has_mixed_loss
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning")
+@pytest.mark.parametrize(
+    "name", ["cross entropy", "weight", "focal by gather", "scatter", "masked"]
+)
+def test_a_gpu_gives_the_same(name):
+    first, second = labels(BATCH)
+    z = drawn(BATCH, CLASSES).requires_grad_()
+    expected = apart(ALL[name], z, first, second, 0.3)
+    with torch.device("cuda"):
+        there = z.detach().cuda().requires_grad_()
+        weight = WEIGHT.cuda()
+        function = {"weight": lambda z, y: F.cross_entropy(z, y, weight=weight)}.get(
+            name, ALL[name]
+        )
+        found = proxied(function, there, first.cuda(), second.cuda(), 0.3)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-10, atol=1e-12)

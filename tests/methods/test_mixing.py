@@ -298,3 +298,17 @@ def test_inputs_of_several_sizes_cannot_share_a_box():
         cutmix([torch.ones(4, 1, 8, 8), torch.ones(4, 1, 9, 8)])
     pair = cutmix([images(), images(dtype=torch.long)])
     assert torch.equal(pair.inputs[0].long(), pair.inputs[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("function", [mixup, cutmix])
+def test_a_gpu_mixes_the_same(function, per_sample):
+    x, y = images(), torch.arange(6)
+    expected = function(x, 1.0, per_sample=per_sample, generator=generator(1))
+    there, labels = x.cuda(), y.cuda()
+    found = function(there, 1.0, per_sample=per_sample, generator=generator(1))
+    torch.testing.assert_close(found.inputs.cpu(), expected.inputs)
+    torch.testing.assert_close(found.soft(labels, 6).cpu(), expected.soft(y, 6))
+    assert torch.equal(found.second(labels).cpu(), expected.second(y))
