@@ -1,10 +1,13 @@
-"""Functions run in other processes: in two of one gloo group, or alone in a new one."""
+"""What runs in other processes: functions in two of one gloo group or alone, and scripts."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import runpy
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,8 +46,25 @@ def run_in_new_process(function: Callable[[], None]) -> None:
     torch.multiprocessing.start_processes(_call, (function,), nprocs=1, start_method="forkserver")
 
 
+def run_script(path: Path, *options: str, folder: Path) -> str:
+    """Return what a script prints that is run in a folder, as ``python path options`` would."""
+    torch.multiprocessing.start_processes(
+        _script, (path, options, folder), nprocs=1, start_method="forkserver"
+    )
+    return (folder / "printed.txt").read_text(encoding="utf-8")
+
+
 def _call(rank: int, function: Callable[[], None]) -> None:
     function()
+
+
+def _script(rank: int, path: Path, options: tuple[str, ...], folder: Path) -> None:
+    os.chdir(folder)
+    sys.argv = [str(path), *options]
+    sys.path[0] = str(path.parent)
+    printed = (folder / "printed.txt").open("w", encoding="utf-8")
+    with printed, contextlib.redirect_stdout(printed):
+        runpy.run_path(str(path), run_name="__main__")
 
 
 def _worker(

@@ -18,9 +18,9 @@ MAY_IMPORT = {
     "measures": "torch numpy scipy",
     "methods": "torch numpy scipy",
     "optim": "torch .measures",
-    "diagnosis": ".measures",
+    "diagnosis": "numpy .board.runs .board.tags",
     "figures": "matplotlib numpy .measures",
-    "board": "tensorboard numpy werkzeug",
+    "board": "tensorboard numpy werkzeug .diagnosis",
     "bridge": "torch numpy lightning lightning_utilities torchmetrics .board.tags .board.schema "
     ".measures .methods",
     "metrics": "torch torchmetrics .measures .methods",

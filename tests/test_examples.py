@@ -1,16 +1,17 @@
 """Every example runs, as a reader would run it."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.distributed import run_script
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # What these print is looked at: below, and of the escape in tests/callbacks/test_saddle_escape.py.
 READ = {"minimum_ratio", "mixup", "saddle_escape", "swa_vs_sgd", "without_lightning"}
 FASTER = {  # what a study leaves out to be an example
+    "board_tour": ["--epochs", "2", "--samples", "128", "--runs", "steady", "mixed"],
     "large_batch": ["--seeds", "2", "--epochs", "6", "--samples", "400"],
     "norm_swap": ["--epochs", "1", "--samples", "200"],
     "sharp_minima": ["--seeds", "2", "--target", "1.0"],
@@ -20,12 +21,7 @@ FASTER = {  # what a study leaves out to be an example
 
 def printed(stem, folder, *options):
     """Return what an example prints that is run in a folder."""
-    command = [sys.executable, str(EXAMPLES / f"{stem}.py"), *options]
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_script(EXAMPLES / f"{stem}.py", *options, folder=folder)
 
 
 @pytest.mark.parametrize("stem", sorted({path.stem for path in EXAMPLES.glob("*.py")} - READ))

@@ -29,6 +29,7 @@ __all__ = [
     "LANDSCAPE_FIGURE",
     "LANDSCAPE_LOSSES",
     "LANDSCAPE_PATH",
+    "LANDSCAPE_PATH_STEPS",
     "LANDSCAPE_SCALARS",
     "LAYERS",
     "LAYERS_FIGURE",
@@ -48,12 +49,14 @@ __all__ = [
     "STABILITY",
     "STABILITY_FIGURE",
     "STABILITY_SCALARS",
+    "TOPICS",
     "TRUST",
     "TRUST_RATIOS",
     "TRUST_RATIO_FIGURE",
     "TRUST_SCALARS",
     "WARMUP_EVENT",
     "Tag",
+    "Topic",
     "tag",
 ]
 
@@ -89,6 +92,9 @@ LANDSCAPE_AXES = "axes"
 
 LANDSCAPE_PATH = "path"
 """Array of the path of training in the plane."""
+
+LANDSCAPE_PATH_STEPS = "path_steps"
+"""Array of the steps of training behind each of its points."""
 
 SHARPNESS = "optkit-sharpness"
 """Topic of :class:`~lightning_optkit.Sharpness`."""
@@ -329,6 +335,63 @@ LANDSCAPE_SCALARS = (
     Tag("seconds", "s", "wall time spent on this picture"),
 )
 """What :class:`~lightning_optkit.LossLandscape` logs at each picture."""
+
+
+@dataclass(frozen=True)
+class Topic:
+    """What one callback, or several of a kind, log.
+
+    Attributes:
+        name: first part of the tags; a callback with a ``name`` adds it behind a hyphen.
+        callbacks: who logs it.
+        scalars: what; for learning rates, with ``<name>`` for that of an optimizer.
+        call: how a user makes the first of them.
+    """
+
+    name: str
+    callbacks: tuple[str, ...]
+    scalars: tuple[Tag, ...]
+    call: str
+
+    @property
+    def example(self) -> tuple[str, str]:
+        """The two lines that fill a panel."""
+        module = "lightning_optkit"
+        return f"from {module} import {self.callbacks[0]}", f"Trainer(callbacks=[{self.call}])"
+
+
+_EVENT_TAGS = (
+    Tag(AVERAGING_EVENT, "models", "first model in an average, or the last; how many there are"),
+    Tag(BATCH_SCALING_EVENT, "factor", "end of a warmup to the rate of a large batch"),
+    Tag(ESCAPE_EVENT, "parameter", "step off a saddle; its length"),
+    Tag(NORM_SWAP_EVENT, "layers", "norm layers replaced; how many"),
+    Tag(WARMUP_EVENT, "steps", "end of a warmup; how long it was"),
+)
+
+TOPICS = (
+    Topic(HESSIAN, ("HessianSpectrum",), HESSIAN_SCALARS, "HessianSpectrum(every_n_epochs=1)"),
+    Topic(STABILITY, ("Stability",), STABILITY_SCALARS, "Stability(every_n_epochs=1)"),
+    Topic(SHARPNESS, ("Sharpness",), SHARPNESS_SCALARS, "Sharpness(every_n_epochs=5)"),
+    Topic(
+        LANDSCAPE,
+        ("LossLandscape",),
+        LANDSCAPE_SCALARS,
+        'LossLandscape(directions="trajectory")',
+    ),
+    Topic(GRADIENT, ("GradientMonitor",), GRADIENT_SCALARS, "GradientMonitor(every_n_steps=50)"),
+    Topic(TRUST, ("TrustRatio",), TRUST_SCALARS, "TrustRatio()"),
+    Topic(MIXING, ("Mixup", "CutMix", "MixupOrCutMix"), MIXING_SCALARS, "Mixup(alpha=0.2)"),
+    Topic(AVERAGING, ("EMA", "SWA"), AVERAGING_SCALARS, "EMA(decay=0.999)"),
+    Topic(RATES, ("LRWarmup", "BatchScaling"), RATE_TAGS + BATCH_SCALING_SCALARS, "LRWarmup(500)"),
+    Topic(ESCAPE, ("SaddleEscape",), ESCAPE_SCALARS, "SaddleEscape(every_n_epochs=1)"),
+    Topic(
+        EVENTS,
+        ("LRWarmup", "EMA", "SWA", "NormSwap", "BatchScaling", "SaddleEscape"),
+        _EVENT_TAGS,
+        "LRWarmup(500)",
+    ),
+)
+"""All topics; no name of one begins that of another."""
 
 
 def tag(topic: str, name: str) -> str:

@@ -1,0 +1,79 @@
+/** What is wrong, how sure that is, and what to do: worst first. */
+
+import { Panel, dot, element } from "../panel.js";
+import { colorOf, epochOf } from "../store.js";
+
+const WORDS = /** @type {const} */ ({ critical: "Critical", warning: "Warning", info: "Note" });
+const ORDER = ["critical", "warning", "info"];
+const MOST = 12;
+
+export class Verdict extends Panel {
+  /** @param {import("../store.js").Store} store */
+  constructor(store) {
+    super(store, {
+      id: "verdict", title: "Verdict", size: "full", topic: "optkit-hessian",
+      help: "What the measurements say about each run, the worst first, how sure that is, and what to do about it.",
+    });
+    this.hasPicture = false;
+  }
+
+  /** Alerts of all runs, the worst first. */
+  get alerts() {
+    return this.store.shown
+      .flatMap((run) => run.alerts.map((alert) => ({ run, alert })))
+      .sort((a, b) => ORDER.indexOf(a.alert.severity) - ORDER.indexOf(b.alert.severity));
+  }
+
+  update() {
+    const { store, alerts } = this;
+    this.setEmpty(!store.shown.length);
+    this.notes.replaceChildren(
+      ...(store.error ? [element("p", { class: "note problem", role: "alert" }, store.error)] : []),
+      ...store.runs.filter((run) => run.error).map((run) =>
+        element("p", { class: "note problem" }, `${run.name} could not be read: ${run.error}`)),
+      ...store.shown.flatMap((run) => run.problems.filter(({ tag }) => !tag.startsWith("optkit-")).map(({ message }) =>
+        element("p", { class: "note problem" }, `${run.name}: ${message}`))),
+    );
+    if (this.isEmpty) return;
+    const isAll = this.picked("few") === "all";
+    const list = element("ul", { class: "alerts" }, ...alerts.slice(0, isAll ? alerts.length : MOST).map((one) => this.card(one)));
+    this.body.replaceChildren(list);
+    if (alerts.length <= MOST) return;
+    const more = element("button", { type: "button" }, isAll ? "Show fewer" : `Show all ${alerts.length}`);
+    more.addEventListener("click", () => store.look({ picks: { ...store.view.picks, verdict: isAll ? "few" : "all" } }));
+    this.body.append(more);
+  }
+
+  /** @param {{run: import("../store.js").Run, alert: import("../source.js").Alert}} one */
+  card({ run, alert }) {
+    const word = WORDS[alert.severity] ?? "Note";
+    const card = element(
+      "li", { class: "alert" },
+      element("b", {}, `${word}: ${alert.title}`),
+      element("p", {}, dot(colorOf(run)), " ", element("small", {}, `${run.name} · ${alert.confidence}`)),
+      element("p", {}, ...withCode(alert.evidence)),
+      element("p", {}, ...withCode(alert.advice)),
+    );
+    card.style.setProperty("--tone", `var(--${alert.severity in WORDS ? alert.severity : "info"})`);
+    const { step } = alert;
+    if (step !== null) {
+      const go = element("button", { type: "button" }, `go to step ${step.toLocaleString("en")}`);
+      go.addEventListener("click", () => this.store.look({ at: this.store.view.axis === "step" ? step : epochOf(run, step) }));
+      card.append(go);
+    }
+    return card;
+  }
+
+  table() {
+    return [["run", "severity", "rule", "title", "confidence", "step", "evidence", "advice"],
+      ...this.alerts.map(({ run, alert: a }) => [run.name, a.severity, a.rule, a.title, a.confidence, a.step, a.evidence, a.advice])];
+  }
+}
+
+/**
+ * What stands between backticks is code; all of it stays text.
+ * @param {string} text
+ */
+function withCode(text) {
+  return text.split("`").map((part, i) => (i % 2 ? element("code", {}, part) : part));
+}
