@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.set_defaults(run=_demo)
     _add_inspect(commands)
     _add_plan(commands)
+    _add_report(commands)
+    _add_summary(commands)
     options = parser.parse_args(arguments)
     status: int = options.run(options)
     return status
@@ -114,6 +117,41 @@ def _add_plan(commands: Any) -> None:
     plan.set_defaults(run=_plan)
 
 
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser(
+        "report",
+        help="put runs into one HTML file that needs no server",
+        description="The Optkit tab as one file: open it anywhere, offline, and mail it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = report.add_argument
+    add("folders", nargs="+", metavar="LOGDIR", help="with event files, or optkit.npz, below it")
+    add("-o", "--out", default="report.html", metavar="FILE", help="what to write")
+    add("--max-points", type=_at_least_two, default=200, help="of a quantity; fewer above 2 MB")
+    add("--json", action="store_true", help="print verdicts and last numbers, and write nothing")
+    report.set_defaults(run=_report)
+
+
+def _add_summary(commands: Any) -> None:
+    summary = commands.add_parser(
+        "summary",
+        help="show runs as a table, and fail where a condition holds",
+        description="A run a row, worst verdict and last numbers.",
+    )
+    add = summary.add_argument
+    add("folders", nargs="+", metavar="LOGDIR", help="with event files, or optkit.npz, below it")
+    add(
+        "--fail-on",
+        action="append",
+        default=[],
+        metavar="CONDITION",
+        help="exit with 1 if it holds of the last value of any run, such as 'lambda_max>50' or "
+        "'critical>0'; may be repeated",
+    )
+    add("--json", action="store_true", help="print one JSON object and nothing else")
+    summary.set_defaults(run=_summary)
+
+
 def _demo(options: argparse.Namespace) -> int:
     try:
         from lightning_optkit.demo import run_demo
@@ -183,6 +221,32 @@ def _plan(options: argparse.Namespace) -> int:
     }
     Console().print(_plan_table(costs))
     return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from lightning_optkit.board.report import html_report, json_report, read_folders
+
+    try:
+        runs = read_folders(options.folders)
+    except (FileNotFoundError, LookupError) as error:
+        print(error.args[0], file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(json_report(runs), allow_nan=False))
+        return 0
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(html_report(runs, max_points=options.max_points), encoding="utf-8")
+    print(f"{out}: {len(runs)} run{'s' * (len(runs) != 1)}, {out.stat().st_size / 1e6:.2f} MB")
+    return 0
+
+
+def _summary(options: argparse.Namespace) -> int:
+    from lightning_optkit.run_summary import run_summary
+
+    return run_summary(options.folders, fail_on=options.fail_on, as_json=options.json)
 
 
 def _plan_table(costs: Mapping[str, MeasurementCost]) -> Table:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from pathlib import Path
 
 import pytest
 
@@ -15,3 +16,12 @@ torch.set_num_threads(1)
 pytest.register_assert_rewrite("tests.contracts")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 logging.getLogger("torch").setLevel(logging.ERROR)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _elsewhere(tmp_path_factory):
+    """Callbacks without a logger leave `optkit.npz` where they run: not in the repository."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    yield
+    os.chdir(before)

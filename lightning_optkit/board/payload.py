@@ -38,7 +38,7 @@ import numpy as np
 from lightning_optkit.board.runs import ArraySeries, Problem, Run, Series
 from lightning_optkit.board.tags import QUADRATURE
 
-__all__ = ["FORMAT", "decode_run", "encode_run", "thinned"]
+__all__ = ["FORMAT", "decode_run", "encode_run", "padded", "thinned"]
 
 FORMAT = 1
 """Version of these bytes."""
@@ -185,7 +185,7 @@ def _scalar_block(tag: str, series: Series, body: _Body) -> dict[str, Any]:
 def _array_block(tag: str, series: ArraySeries, body: _Body, digits: int | None) -> dict[str, Any]:
     if any(array.dtype.kind in "OSU" for array in series.arrays):
         return _block(tag, "names", series, body) | {"names": _changes(series)}
-    values = _padded(series.arrays, 0.0 if tag.endswith(f"/{QUADRATURE}") else np.nan)
+    values = padded(tag, series.arrays)
     if digits is not None:
         values = _rounded(values, digits)
     return _block(tag, "array", series, body) | {
@@ -208,7 +208,17 @@ def _text(name: object) -> str:
     return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
 
 
-def _padded(arrays: tuple[Numbers, ...], fill: float) -> Numbers:
+def padded(tag: str, arrays: tuple[Numbers, ...]) -> Numbers:
+    """Return arrays of one tag as one, a row each, of the largest of their shapes.
+
+    Args:
+        tag: whose they are; a quadrature is padded by weight 0, others by NaN.
+        arrays: of one rank.
+
+    Raises:
+        ValueError: if they are of several ranks.
+    """
+    fill = 0.0 if tag.endswith(f"/{QUADRATURE}") else np.nan
     ranks = {array.ndim for array in arrays} or {0}
     if len(ranks) > 1:
         raise ValueError(f"arrays of one tag must have one rank, got {sorted(ranks)}")

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_optkit.board.schema import array_summary
+from lightning_optkit.bridge.run_file import run_file_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +32,9 @@ def report(
     """Report one measurement. Every rank calls it; rank zero writes.
 
     Scalars go to all loggers and, on all ranks, to ``trainer.callback_metrics``, where
-    ``ModelCheckpoint(monitor=...)`` and ``EarlyStopping`` find them. Arrays go to TensorBoard.
+    ``ModelCheckpoint(monitor=...)`` and ``EarlyStopping`` find them. Arrays go to TensorBoard;
+    where that is not among the loggers, scalars and arrays are left in a file, ``optkit.npz``,
+    which ``lightning-optkit report`` reads.
     Figures go to TensorBoard, to Weights & Biases and similar loggers, and as PNG files into the
     folder of a ``CSVLogger``. A logger that cannot take something does without.
 
@@ -44,19 +47,19 @@ def report(
     """
     scalars = scalars or {}
     trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in scalars.items()})
-    _write(trainer.loggers, step, scalars, arrays or {}, figures or {})
+    _write(trainer, step, scalars, arrays or {}, figures or {})
 
 
 @rank_zero_only
 def _write(
-    loggers: list[Logger],
+    trainer: pl.Trainer,
     step: int,
     scalars: Mapping[str, float],
     arrays: Mapping[str, np.ndarray[Any, Any]],
     figures: Mapping[str, Figure],
 ) -> None:
     failures = []
-    for logger in loggers:
+    for logger in trainer.loggers:
         try:
             if scalars:
                 logger.log_metrics(dict(scalars), step=step)
@@ -67,6 +70,9 @@ def _write(
             logger.save()
         except Exception as error:  # the other loggers still get theirs
             failures.append(error)
+    if not any(map(_array_writer, trainer.loggers)) and (scalars or arrays):
+        epoch = {"epoch": float(trainer.current_epoch)}  # as Lightning logs it beside metrics
+        run_file_of(trainer).add(step, epoch | dict(scalars), arrays)
     if failures:
         raise failures[0]
 
@@ -77,9 +83,14 @@ def _experiment(logger: Logger) -> Any:
 
 def _write_array(logger: Logger, tag: str, array: np.ndarray[Any, Any], step: int) -> None:
     """Add the array through the logger's own writer: a second event file could be missed."""
-    writer = getattr(_experiment(logger), "file_writer", None)
-    if writer is not None and hasattr(writer, "add_summary"):
+    writer = _array_writer(logger)
+    if writer is not None:
         writer.add_summary(array_summary(tag, array), step)
+
+
+def _array_writer(logger: Logger) -> Any:
+    writer = getattr(_experiment(logger), "file_writer", None)
+    return writer if hasattr(writer, "add_summary") else None
 
 
 def _write_figure(logger: Logger, tag: str, figure: Figure, step: int) -> None:

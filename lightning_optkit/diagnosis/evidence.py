@@ -10,7 +10,7 @@ import numpy as np
 from lightning_optkit.board import tags
 from lightning_optkit.board.runs import ArraySeries, Run, Series
 
-__all__ = ["ARRAYS", "Evidence"]
+__all__ = ["ARRAYS", "Evidence", "is_of"]
 
 ARRAYS = (tags.tag(tags.GRADIENT, tags.LAYER_STEPS),)
 """Arrays that rules look at: a reader need not read others."""
@@ -80,7 +80,7 @@ class Evidence:
     def topics(self) -> list[str]:
         """Return the topics that something was logged of, in the order of the table."""
         logged = {tag.partition("/")[0] for tag in (*self.run.scalars, *self.run.arrays)}
-        return [t.name for t in tags.TOPICS if any(_is_of(one, t.name) for one in logged)]
+        return [t.name for t in tags.TOPICS if any(is_of(one, t.name) for one in logged)]
 
     @staticmethod
     def _tags(topic: str, name: str, logged: Any) -> Iterator[str]:
@@ -89,9 +89,10 @@ class Evidence:
             yield plain
         for tag in logged:
             first, _, rest = tag.partition("/")
-            if rest == name and first != topic and _is_of(first, topic):
+            if rest == name and first != topic and is_of(first, topic):
                 yield tag
 
 
-def _is_of(first: str, topic: str) -> bool:
+def is_of(first: str, topic: str) -> bool:
+    """Return whether the first part of a tag is that topic, with a name of the callback or not."""
     return first == topic or first.startswith(f"{topic}-")

@@ -1,0 +1,99 @@
+"""What a run leaves where its logger takes no arrays: one file of NumPy, ``optkit.npz``.
+
+Each tag is an array of its own, one row a step, with ``<tag>:steps`` and ``<tag>:times`` (seconds
+since 1970) beside it: ``np.load("optkit.npz")["optkit-hessian/lambda_max"]``. Arrays of several
+shapes are padded as in :mod:`lightning_optkit.board.payload`; names by empty ones.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_optkit.board.payload import padded
+from lightning_optkit.board.runs import ArraySeries, Problem, Run, Series
+from lightning_optkit.board.schema import VERSION, check_array
+
+__all__ = ["FILE_NAME", "read_npz", "write_npz"]
+
+FILE_NAME = "optkit.npz"
+
+_FORMAT = "optkit_format"
+Numbers = np.ndarray[Any, Any]
+
+
+def write_npz(path: Path, run: Run) -> None:
+    """Write a run in one piece: whoever reads meanwhile, or after a crash, finds a whole file."""
+    content: dict[str, Numbers] = {_FORMAT: np.array(int(VERSION))}
+    for tag, series in run.scalars.items():
+        content |= _entries(tag, series, series.values)
+    for tag, arrays in run.arrays.items():
+        content |= _entries(tag, arrays, _table(tag, arrays.arrays))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with half.open("wb") as file:
+            np.savez(file, **content)  # type: ignore[arg-type]  # names of arrays are any text
+        half.replace(path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def read_npz(path: Path, *, name: str) -> Run:
+    """Return the run of a file. Nothing in it is executed.
+
+    Args:
+        path: the file.
+        name: for the run.
+
+    Raises:
+        ValueError: if the file is of a newer version, or another program's.
+    """
+    with np.load(path, allow_pickle=False) as content:
+        if _FORMAT not in content:
+            raise ValueError("not written by lightning-optkit")
+        if int(content[_FORMAT]) != int(VERSION):
+            raise ValueError(
+                f"made by a newer lightning-optkit (format {content[_FORMAT]}): upgrade to see it"
+            )
+        scalars, arrays, problems = {}, {}, []
+        for tag in content.files:
+            if tag == _FORMAT or tag.endswith((":steps", ":times")):
+                continue
+            steps, times = content[f"{tag}:steps"].astype(np.int64), content[f"{tag}:times"]
+            values = content[tag]
+            if values.ndim == 1 and values.dtype.kind == "f" and not tag.endswith("_names"):
+                scalars[tag] = Series(steps, times, values.astype(np.float32))
+                continue
+            rows = tuple(_row(row) for row in values)
+            wrong = next(filter(None, (check_array(tag.partition("/")[2], r) for r in rows)), None)
+            if wrong is None:
+                arrays[tag] = ArraySeries(steps, times, rows)
+            else:
+                problems.append(Problem(tag, None, wrong))
+    return Run(name, scalars, arrays, tuple(problems))
+
+
+def _entries(tag: str, series: Series | ArraySeries, values: Numbers) -> dict[str, Numbers]:
+    return {tag: values, f"{tag}:steps": series.steps, f"{tag}:times": series.wall_times}
+
+
+def _table(tag: str, arrays: tuple[Numbers, ...]) -> Numbers:
+    if not any(array.dtype.kind in "OSU" for array in arrays):
+        return padded(tag, arrays)
+    rows = [[_text(name) for name in array.reshape(-1)] for array in arrays]
+    width = max(map(len, rows))
+    return np.array([row + [""] * (width - len(row)) for row in rows], dtype=np.str_)
+
+
+def _row(row: Numbers) -> Numbers:
+    if row.dtype.kind != "U":
+        return row
+    return np.array([str(name).encode() for name in row if name], dtype=object)
+
+
+def _text(name: object) -> str:
+    return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
