@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset, random_split
 from torchmetrics import Accuracy
 
+from lightning_optkit.board.report import html_report, read_folders
 from lightning_optkit.callbacks.hessian_spectrum import HessianReport, HessianSpectrum
 from lightning_optkit.figures.spectrum import spectrum_figure
 
@@ -128,7 +129,10 @@ def run_demo(folder: str | Path = "optkit_logs", *, epochs: int = 15, seed: int 
     picture = Path(logger.log_dir) / "spectrum.png"
     spectrum_figure(last.report.spectrum).savefig(picture, dpi=150)
     console.print(f"Picture of the last spectrum: {picture}", soft_wrap=True)
-    console.print(f"Everything over time: tensorboard --logdir {folder}", soft_wrap=True)
+    report = Path(logger.log_dir) / "report.html"
+    report.write_text(html_report(read_folders([logger.log_dir])), encoding="utf-8")
+    console.print(f"Everything over time: tensorboard --logdir {folder}, tab Optkit", soft_wrap=True)
+    console.print(f"The same as one file, for any browser: {report}", soft_wrap=True)
     return 0
 
 

@@ -156,7 +156,7 @@ def summary_table(runs: Sequence[Run], *, width: int = 100) -> Table:
     table.add_column("run", style="bold", overflow="fold", min_width=10)
     for name in ("step", "loss"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("over time", no_wrap=True)
+    table.add_column("trend", no_wrap=True)
     table.add_column("minimum ratio", no_wrap=True)
     is_wide = width >= _WIDE
     for name in ("λmax", "of limit", *["sharpness"] * is_wide):

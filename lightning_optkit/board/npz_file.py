@@ -52,7 +52,7 @@ def read_npz(path: Path, *, name: str) -> Run:
     Raises:
         ValueError: if the file is of a newer version, or another program's.
     """
-    with np.load(path, allow_pickle=False) as content:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
         if _FORMAT not in content:
             raise ValueError("not written by lightning-optkit")
         if int(content[_FORMAT]) != int(VERSION):

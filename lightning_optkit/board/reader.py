@@ -92,7 +92,11 @@ def read_run(
         _read_scalars(provider, ctx, experiment, name, scalars) if with_scalars else {},
         found,
         tuple(problems),
-        tuple(tag for tag in tensors if tag not in chosen),
+        tuple(
+            tag
+            for tag, series in tensors.items()
+            if tag not in chosen and series.plugin_content == VERSION
+        ),
     )
 
 

@@ -208,9 +208,10 @@ def layers_stand_still(evidence: Evidence) -> Alert | None:
     latest = [array[:, 4] for array in series.arrays[-_IN_A_ROW:]]  # update / weights
     if len({len(ratios) for ratios in latest} | {len(names)}) > 1:
         return None
-    with np.errstate(invalid="ignore"):
-        still = np.all([r < 1e-3 * np.nanmedian(r) for r in latest if np.isfinite(r).any()], axis=0)
-    if not np.any(still):
+    if not all(np.isfinite(ratios).any() for ratios in latest):
+        return None
+    still = np.all([ratios < 1e-3 * np.nanmedian(ratios) for ratios in latest], axis=0)
+    if not still.any():
         return None
     slow = [name for name, is_still in zip(names, still, strict=True) if is_still]
     return Alert(
@@ -319,7 +320,7 @@ def nothing_mixed(evidence: Evidence) -> Alert | None:
         "nothing_mixed",
         "Nothing was mixed",
         f"No batch of the epoch had been mixed by step {share[0]:,}.",
-        "Is `probability` zero, or has `stop_epoch` passed?",
+        "See whether `probability` is zero, or `stop_epoch` has passed.",
         "certified",
         share[0],
         (tags.tag(tags.MIXING, "share"),),

@@ -117,12 +117,20 @@ class Recorder:
         self._writer.add_event(Event(summary=summary, step=step, wall_time=BEGAN + step))
 
 
-def record(folder, steps=STEPS, *, scalars: Mapping = SCALARS, arrays: Mapping = ARRAYS) -> Path:
+def record(
+    folder: Path,
+    steps=STEPS,
+    *,
+    scalars: Mapping = SCALARS,
+    arrays: Mapping = ARRAYS,
+    event: bool = True,
+) -> Path:
     """Write a whole run, with a landscape, and an event in the middle."""
     recorder = Recorder(folder)
     for step in steps:
         recorder.all_of(step, scalars, arrays)
-    recorder.scalar("optkit-events/warmup", steps[len(steps) // 2], 100.0)
+    if event:
+        recorder.scalar("optkit-events/warmup", steps[len(steps) // 2], 100.0)
     if arrays is ARRAYS:
         for tag, array in PLANE.items():
             recorder.array(tag, steps[-1], array)
