@@ -131,7 +131,9 @@ def run_demo(folder: str | Path = "optkit_logs", *, epochs: int = 15, seed: int 
     console.print(f"Picture of the last spectrum: {picture}", soft_wrap=True)
     report = Path(logger.log_dir) / "report.html"
     report.write_text(html_report(read_folders([logger.log_dir])), encoding="utf-8")
-    console.print(f"Everything over time: tensorboard --logdir {folder}, tab Optkit", soft_wrap=True)
+    console.print(
+        f"Everything over time: tensorboard --logdir {folder}, tab Optkit", soft_wrap=True
+    )
     console.print(f"The same as one file, for any browser: {report}", soft_wrap=True)
     return 0
 

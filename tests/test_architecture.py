@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "diagnosis": "numpy .board.runs .board.tags",
     "figures": "matplotlib numpy .measures",
     "board": "tensorboard numpy werkzeug .diagnosis",
-    "bridge": "torch numpy lightning lightning_utilities torchmetrics .board .measures .methods",
+    "bridge": "torch numpy lightning lightning_utilities torchmetrics .board.tags .board.schema "
+    ".board.runs .board.npz_file .measures .methods",
     "metrics": "torch torchmetrics .measures .methods",
     "callbacks": "torch lightning .measures .methods .metrics .optim .diagnosis .figures .board "
     ".bridge .compat",

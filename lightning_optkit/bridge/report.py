@@ -71,8 +71,7 @@ def _write(
         except Exception as error:  # the other loggers still get theirs
             failures.append(error)
     if not any(map(_array_writer, trainer.loggers)) and (scalars or arrays):
-        epoch = {"epoch": float(trainer.current_epoch)}  # as Lightning logs it beside metrics
-        run_file_of(trainer).add(step, epoch | dict(scalars), arrays)
+        run_file_of(trainer).add(step, scalars, arrays, epoch=trainer.current_epoch)
     if failures:
         raise failures[0]
 

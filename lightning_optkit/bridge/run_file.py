@@ -44,13 +44,22 @@ class RunFile:
         step: int,
         scalars: Mapping[str, float],
         arrays: Mapping[str, np.ndarray[Any, Any]],
+        *,
+        epoch: int = 0,
     ) -> None:
-        """Keep what was reported at a step, and write if it is time."""
+        """Keep what was reported at a step, and write if it is time.
+
+        The epoch is kept as ``epoch``, which Lightning's own loggers have. The first report of a
+        step tells it: at the end of training it is one more.
+        """
         if self._is_new:
             self._is_new = False
             if self.path.exists():
                 self._continue(step)
         now = time.time()
+        epochs = self._scalars.setdefault("epoch", [])
+        if not epochs or epochs[-1][0] != step:
+            epochs.append((step, now, float(epoch)))
         for tag, value in scalars.items():
             self._scalars.setdefault(tag, []).append((step, now, float(value)))
         for tag, array in arrays.items():
