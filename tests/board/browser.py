@@ -44,8 +44,13 @@ class Seen:
         self.errors: list[str] = []
         self.requests: list[str] = []
         page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("console", lambda m: m.type == "error" and self.errors.append(m.text))
+        page.on("console", self._hear)
         page.on("request", lambda request: self.requests.append(request.url))
+
+    def _hear(self, message) -> None:
+        """TensorBoard does not find its own font behind a path prefix."""
+        if message.type == "error" and "/font-roboto/" not in message.location["url"]:
+            self.errors.append(f"{message.text} {message.location['url']}")
 
 
 @contextmanager

@@ -311,7 +311,7 @@ function address() {
 function readView() {
   const view = firstView();
   const pairs = address().location.hash.slice(1).split("&").map((pair) => pair.split("="));
-  const text = pairs.find(([key]) => key === KEY)?.[1];
+  const text = pairs.find(([key, value]) => key === KEY && value)?.[1]; // the tab is called so, too
   if (!text) return view;
   try {
     const given = JSON.parse(decodeURIComponent(text));
