@@ -94,9 +94,10 @@ class Condition:
         return f"{self.name}{self.symbol}{self.limit:g}"
 
     def _tags(self, run: Run) -> list[str]:
-        if self.name in run.scalars:
+        logged = [tag for tag, series in run.scalars.items() if len(series.steps)]
+        if self.name in logged:
             return [self.name]
-        named = [tag for tag in run.scalars if tag.partition("/")[2] == self.name]
+        named = [tag for tag in logged if tag.partition("/")[2] == self.name]
         for topic in tags.TOPICS:
             if found := [tag for tag in named if is_of(tag.partition("/")[0], topic.name)]:
                 return found

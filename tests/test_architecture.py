@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "figures": "matplotlib numpy .measures",
     "board": "tensorboard numpy werkzeug .diagnosis",
     "bridge": "torch numpy lightning lightning_utilities torchmetrics .board.tags .board.schema "
-    ".board.runs .board.npz_file .measures .methods",
+    ".board.runs .board.npz_file .diagnosis .measures .methods",
     "metrics": "torch torchmetrics .measures .methods",
     "callbacks": "torch lightning .measures .methods .metrics .optim .diagnosis .figures .board "
     ".bridge .compat",

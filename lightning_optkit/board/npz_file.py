@@ -8,6 +8,7 @@ shapes are padded as in :mod:`lightning_optkit.board.payload`; names by empty on
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +64,47 @@ def read_npz(path: Path, *, name: str) -> Run:
         for tag in content.files:
             if tag == _FORMAT or tag.endswith((":steps", ":times")):
                 continue
-            steps, times = content[f"{tag}:steps"].astype(np.int64), content[f"{tag}:times"]
-            values = content[tag]
-            if values.ndim == 1 and values.dtype.kind == "f" and not tag.endswith("_names"):
-                scalars[tag] = Series(steps, times, values.astype(np.float32))
+            try:
+                series = _series(content, tag)
+            except Exception as error:  # one tag that is broken must not hide the others
+                problems.append(Problem(tag, None, str(error)))
                 continue
-            rows = tuple(_row(row) for row in values)
-            wrong = next(filter(None, (check_array(tag.partition("/")[2], r) for r in rows)), None)
-            if wrong is None:
-                arrays[tag] = ArraySeries(steps, times, rows)
+            if isinstance(series, Series):
+                scalars[tag] = series
             else:
-                problems.append(Problem(tag, None, wrong))
+                arrays[tag] = series
     return Run(name, scalars, arrays, tuple(problems))
+
+
+def _series(content: Mapping[str, Numbers], tag: str) -> Series | ArraySeries:
+    """Return what a file says of a tag, in order of its steps.
+
+    Raises:
+        ValueError: if its parts do not fit one another, or its arrays are of a wrong shape.
+    """
+    steps, times = _column(content, f"{tag}:steps"), _column(content, f"{tag}:times")
+    values = content[tag]
+    if values.ndim == 0 or not len(steps) == len(times) == len(values) > 0:
+        raise ValueError("should have one row for each of its steps and times, and at least one")
+    moments = list(zip(steps.astype(np.int64).tolist(), times.tolist(), strict=True))
+    if values.ndim == 1 and values.dtype.kind == "f" and not tag.endswith("_names"):
+        with np.errstate(over="ignore"):  # infinite in float32
+            numbers = values.astype(np.float32).tolist()
+        return Series.of(
+            [(*moment, number) for moment, number in zip(moments, numbers, strict=True)]
+        )
+    rows = [_row(row) for row in values]
+    wrong = next(filter(None, (check_array(tag.partition("/")[2], row) for row in rows)), None)
+    if wrong is not None:
+        raise ValueError(wrong)
+    return ArraySeries.of([(*moment, row) for moment, row in zip(moments, rows, strict=True)])
+
+
+def _column(content: Mapping[str, Numbers], name: str) -> Numbers:
+    column = content[name] if name in content else np.zeros(())
+    if column.ndim != 1 or column.dtype.kind not in "fiu" or not np.isfinite(column).all():
+        raise ValueError(f"`{name}` should be one finite number a row")
+    return column
 
 
 def _entries(tag: str, series: Series | ArraySeries, values: Numbers) -> dict[str, Numbers]:
@@ -92,7 +122,7 @@ def _table(tag: str, arrays: tuple[Numbers, ...]) -> Numbers:
 def _row(row: Numbers) -> Numbers:
     if row.dtype.kind != "U":
         return row
-    return np.array([str(name).encode() for name in row if name], dtype=object)
+    return np.array([str(name).encode("utf-8", "replace") for name in row if name], dtype=object)
 
 
 def _text(name: object) -> str:

@@ -174,8 +174,26 @@ def _read_arrays(
             else:
                 problems.append(Problem(tag, int(point.step), wrong))
         if points:
-            found[tag] = ArraySeries.of(points)
+            found[tag] = ArraySeries.of(_of_one_rank(tag, points, problems))
     return found
+
+
+def _of_one_rank(
+    tag: str, points: list[tuple[int, float, Any]], problems: list[Problem]
+) -> list[tuple[int, float, Any]]:
+    """Return the arrays that can be put beside the one written last.
+
+    A landscape that was a line, and is a plane since its run was resumed, has two ranks in one tag.
+    """
+    rank = max(points, key=lambda point: point[1])[2].ndim
+    kept = [point for point in points if point[2].ndim == rank]
+    if len(kept) < len(points):
+        message = (
+            f"left out: {len(points) - len(kept)} arrays that are not of {rank} dimensions, "
+            "as the last one is"
+        )
+        problems.append(Problem(tag, None, message))
+    return kept
 
 
 def _newer(content: bytes) -> str:

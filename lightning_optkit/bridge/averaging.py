@@ -23,8 +23,7 @@ from lightning_optkit.bridge.averaged_weights import AveragedWeights
 from lightning_optkit.bridge.cadence import logger_step
 from lightning_optkit.bridge.optimizer_steps import StepWatch
 from lightning_optkit.bridge.reduce import require_whole_parameters, sum_over_ranks
-from lightning_optkit.bridge.report import report
-from lightning_optkit.bridge.run_file import close_run_file
+from lightning_optkit.bridge.report import close_report, report
 from lightning_optkit.bridge.sharding import resharded_after
 from lightning_optkit.methods.averaging import RunningAverage, Share
 
@@ -259,7 +258,7 @@ class AveragingCallback(pl.Callback, ABC):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._leave()
-        close_run_file(trainer)
+        close_report(trainer)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException

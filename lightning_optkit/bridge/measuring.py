@@ -25,7 +25,7 @@ from lightning_optkit.bridge.probe import (
     select_parameters,
 )
 from lightning_optkit.bridge.reduce import require_whole_parameters, sum_over_ranks
-from lightning_optkit.bridge.run_file import close_run_file
+from lightning_optkit.bridge.report import close_report
 from lightning_optkit.bridge.snapshot import put_back
 
 __all__ = ["MeasuringCallback", "buffers_of_rank_zero"]
@@ -168,11 +168,11 @@ class MeasuringCallback(pl.Callback):
     ) -> None:
         """Let go of everything."""
         self._close()
-        close_run_file(trainer)
+        close_report(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write what is left."""
-        close_run_file(trainer)
+        close_report(trainer)
 
     def _probe(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Probe:
         return Probe(

@@ -22,8 +22,7 @@ from lightning_optkit.bridge.cadence import logger_step
 from lightning_optkit.bridge.interceptor import Step, StepInterceptor
 from lightning_optkit.bridge.mixed_images import MixedImages, mixed_images
 from lightning_optkit.bridge.mixed_step import MixedStep, check_against_two_losses, two_passes
-from lightning_optkit.bridge.report import report
-from lightning_optkit.bridge.run_file import close_run_file
+from lightning_optkit.bridge.report import close_report, report
 from lightning_optkit.bridge.target_mixing import SAID, TargetMixing, batch_size
 from lightning_optkit.methods.mixed_target import MixedTargetError, Mixing
 from lightning_optkit.methods.mixing import Mixed
@@ -150,7 +149,7 @@ class MixingCallback(pl.Callback, ABC):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._leave()
-        close_run_file(trainer)
+        close_report(trainer)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException

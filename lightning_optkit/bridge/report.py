@@ -12,13 +12,14 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_optkit.board.schema import array_summary
-from lightning_optkit.bridge.run_file import run_file_of
+from lightning_optkit.bridge.plain_board import close_plain_board, plain_board_of
+from lightning_optkit.bridge.run_file import close_run_file, run_file_of
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
-__all__ = ["report"]
+__all__ = ["close_report", "report"]
 
 
 def report(
@@ -50,6 +51,17 @@ def report(
     _write(trainer, step, scalars, arrays or {}, figures or {})
 
 
+def close_report(trainer: pl.Trainer) -> None:
+    """Write what is left, in ``teardown`` and after an exception; more may follow.
+
+    To TensorBoard the verdict as text, for those who look without the Optkit tab; else the rest of
+    ``optkit.npz``.
+    """
+    for logger in trainer.loggers:
+        close_plain_board(logger)
+    close_run_file(trainer)
+
+
 @rank_zero_only
 def _write(
     trainer: pl.Trainer,
@@ -63,6 +75,8 @@ def _write(
         try:
             if scalars:
                 logger.log_metrics(dict(scalars), step=step)
+                if _array_writer(logger) is not None:
+                    plain_board_of(logger).add(step, scalars)
             for tag, array in arrays.items():
                 _write_array(logger, tag, array, step)
             for tag, figure in figures.items():
@@ -70,7 +84,8 @@ def _write(
             logger.save()
         except Exception as error:  # the other loggers still get theirs
             failures.append(error)
-    if not any(map(_array_writer, trainer.loggers)) and (scalars or arrays):
+    has_no_place = not any(map(_array_writer, trainer.loggers))
+    if has_no_place and (scalars or arrays) and not trainer.fast_dev_run:  # which leaves no logs
         run_file_of(trainer).add(step, scalars, arrays, epoch=trainer.current_epoch)
     if failures:
         raise failures[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 import weakref
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_optkit.board.npz_file import FILE_NAME, read_npz, write_npz
 from lightning_optkit.board.runs import ArraySeries, Run, Series
@@ -26,6 +28,9 @@ _SHARE = 0.02  # of the time, at most, for writing: a long run's file takes long
 class RunFile:
     """Points of one run, in memory and, now and then and at the end, in the file.
 
+    Nobody asked for the file: where it cannot be written, one warning says so, and training goes
+    on. It is tried again each time it is due.
+
     Args:
         path: of the file. What is there already is continued: steps that are made again replace
             what they left before.
@@ -37,6 +42,7 @@ class RunFile:
         self._arrays: dict[str, list[tuple[int, float, np.ndarray[Any, Any]]]] = {}
         self._is_new = True
         self._is_written = True
+        self._has_warned = False
         self._due = 0.0
 
     def add(
@@ -63,7 +69,10 @@ class RunFile:
         for tag, value in scalars.items():
             self._scalars.setdefault(tag, []).append((step, now, float(value)))
         for tag, array in arrays.items():
-            self._arrays.setdefault(tag, []).append((step, now, array.copy()))
+            points = self._arrays.setdefault(tag, [])
+            if points and points[-1][2].ndim != array.ndim:  # a line was resumed as a plane
+                points.clear()
+            points.append((step, now, array.copy()))
         self._is_written = False
         if time.monotonic() >= self._due:
             self.write()
@@ -75,20 +84,35 @@ class RunFile:
         began = time.monotonic()
         scalars = {tag: Series.of(points) for tag, points in self._scalars.items()}
         arrays = {tag: ArraySeries.of(points) for tag, points in self._arrays.items()}
-        write_npz(self.path, Run("", scalars, arrays))
-        self._is_written = True
+        try:
+            write_npz(self.path, Run("", scalars, arrays))
+            self._is_written = True
+        except OSError as error:
+            self._warn(f"{self.path} cannot be written: {error}. Training goes on without it.")
         ended = time.monotonic()
         self._due = ended + max(_SECONDS, (ended - began) / _SHARE)
 
     def _continue(self, step: int) -> None:
         """Take over what an interrupted run left, up to the step that this one begins at."""
-        run = read_npz(self.path, name="")
+        try:
+            run = read_npz(self.path, name="")
+        except Exception as error:  # cut short, or of a newer version: its data are left alone
+            aside = self.path.with_name(f"{self.path.name}.{time.time_ns()}")
+            self._warn(f"{self.path} cannot be continued: {error}. It is moved to {aside.name}.")
+            with contextlib.suppress(OSError):
+                self.path.replace(aside)
+            return
         for tag, series in run.scalars.items():
             points = zip(series.steps, series.wall_times, series.values, strict=True)
             self._scalars[tag] = [(int(s), float(t), float(v)) for s, t, v in points if s < step]
         for tag, kept in run.arrays.items():
             rows = zip(kept.steps, kept.wall_times, kept.arrays, strict=True)
             self._arrays[tag] = [(int(s), float(t), array) for s, t, array in rows if s < step]
+
+    def _warn(self, message: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(message)
 
 
 _files: weakref.WeakKeyDictionary[pl.Trainer, RunFile] = weakref.WeakKeyDictionary()
@@ -126,5 +150,7 @@ def _folder(trainer: pl.Trainer) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:
             continue
+        except OSError:  # writing will say why
+            pass
         return folder
     raise AssertionError  # `count` does not end

@@ -45,6 +45,11 @@ class RunTrajectory:
         """The weights, from the first on."""
         return [] if self._path is None else self._path.points
 
+    @property
+    def steps(self) -> list[int]:
+        """How many steps of training lie behind each of them."""
+        return [] if self._path is None else self._path.steps
+
     def start_anew(self) -> None:
         """Forget an earlier run, in ``setup``."""
         self._path = None

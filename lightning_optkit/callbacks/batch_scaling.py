@@ -23,8 +23,7 @@ from lightning_optkit.bridge.effective_rates import EffectiveRates, is_logged
 from lightning_optkit.bridge.gradual_rate import GradualRate
 from lightning_optkit.bridge.momentum_correction import MomentumCorrection
 from lightning_optkit.bridge.optimizer_steps import Rate, RateInStep, StepWatch
-from lightning_optkit.bridge.report import report
-from lightning_optkit.bridge.run_file import close_run_file
+from lightning_optkit.bridge.report import close_report, report
 from lightning_optkit.methods.batch_scaling import ScalingRule, scaling_factor
 
 __all__ = ["BatchScaling"]
@@ -197,7 +196,7 @@ class BatchScaling(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._leave()
-        close_run_file(trainer)
+        close_report(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -52,6 +52,7 @@ class LandscapeReport:
         loss: in its middle.
         basin: the distance to the rim, if asked for.
         trajectory: the path and its plane, where directions are those of the path.
+        path_steps: steps of training behind each point of that path; else empty.
         num_losses: spent.
         num_samples: held by all ranks together.
     """
@@ -60,6 +61,7 @@ class LandscapeReport:
     loss: float
     basin: BasinRadius | None
     trajectory: TrajectoryPlane | None
+    path_steps: tuple[int, ...]
     num_losses: int
     num_samples: int
 
@@ -273,6 +275,7 @@ class LossLandscape(Observer[LandscapeReport]):
             float(operator.value()),
             basin,
             trajectory,
+            () if trajectory is None else (*self._path.steps, _num_steps(trainer)),
             num_losses + (0 if basin is None else basin.num_losses),
             int(operator.total_weight),
         )
@@ -309,6 +312,7 @@ class LossLandscape(Observer[LandscapeReport]):
         }
         if result.trajectory is not None:
             found[tags.LANDSCAPE_PATH] = result.trajectory.path.float().numpy()
+            found[tags.LANDSCAPE_PATH_STEPS] = torch.tensor(result.path_steps).float().numpy()
         return found
 
     def figures(self, result: LandscapeReport) -> dict[str, Figure]:
@@ -411,6 +415,10 @@ class LossLandscape(Observer[LandscapeReport]):
         if self._basin_rise is None:
             return None
         return basin_radius(operator, rise=self._basin_rise, generator=self._generator())
+
+
+def _num_steps(trainer: pl.Trainer) -> int:
+    return logger_step(trainer, after_batch=False) + 1
 
 
 def _around(path: Tensor, span: float) -> tuple[float, float, float, float]:

@@ -20,8 +20,7 @@ from lightning_optkit.bridge.effective_rates import (
     optimizer_names,
 )
 from lightning_optkit.bridge.planned_rates import UnknownScheduleError, planned_rates
-from lightning_optkit.bridge.report import report
-from lightning_optkit.bridge.run_file import close_run_file
+from lightning_optkit.bridge.report import close_report, report
 from lightning_optkit.bridge.warmup import Warmup
 from lightning_optkit.bridge.warmup_settings import WarmupSettings
 from lightning_optkit.methods.warmup import Shape
@@ -191,7 +190,7 @@ class LRWarmup(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._leave()
-        close_run_file(trainer)
+        close_report(trainer)
 
     def _leave(self) -> None:
         self._rates.detach()

@@ -17,8 +17,7 @@ from lightning_optkit.board import tags
 from lightning_optkit.bridge.cadence import logger_step
 from lightning_optkit.bridge.effective_batch import batch_per_device
 from lightning_optkit.bridge.layer_swap import LayerSwap
-from lightning_optkit.bridge.report import report
-from lightning_optkit.bridge.run_file import close_run_file
+from lightning_optkit.bridge.report import close_report, report
 from lightning_optkit.bridge.swapped_checkpoint import StateDictFit, record_of, save_record
 from lightning_optkit.methods.batch_renorm import BatchRenorm
 from lightning_optkit.methods.norm_swap import SwapPlan, SwapReport, require_where
@@ -193,7 +192,7 @@ class NormSwap(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._leave()
-        close_run_file(trainer)
+        close_report(trainer)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException

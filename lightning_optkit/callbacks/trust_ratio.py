@@ -25,8 +25,7 @@ from lightning_optkit.bridge.chosen_optimizers import chosen_optimizers, optimiz
 from lightning_optkit.bridge.effective_rates import is_logged, optimizer_names
 from lightning_optkit.bridge.optimizer_steps import UpdateInStep
 from lightning_optkit.bridge.reduce import require_whole_parameters
-from lightning_optkit.bridge.report import report
-from lightning_optkit.bridge.run_file import close_run_file
+from lightning_optkit.bridge.report import close_report, report
 from lightning_optkit.bridge.scalable_optimizers import (
     Of,
     of_optimizer,
@@ -210,7 +209,7 @@ class TrustRatio(pl.Callback):
         self._leave()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        close_run_file(trainer)
+        close_report(trainer)
 
     def _leave(self) -> None:
         self._update.detach()

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader
 
@@ -224,6 +225,10 @@ def test_arrays_and_the_picture_are_written(tmp_path):
     assert shapes["optkit-landscape/losses"] == [3, 3]
     assert shapes["optkit-landscape/axes"] == [2, 3]
     assert shapes["optkit-landscape/path"] == [6, 2]
+    steps = make_ndarray(tensors["optkit-landscape/path_steps"]).tolist()
+    assert steps[:2] == [0, 1]  # before the first step, behind it
+    assert len(steps) == 6
+    assert steps[-1] == steps[-2]  # the weights of the end, once more
 
 
 def test_progress_is_shown_by_the_trainers_own_bar(capsys):
