@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.lightning-optkit-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench wheel clean
+.PHONY: help demo test lint format bench screenshots wheel clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,10 @@ bench: $(STAMP)  ## run every benchmark in tests/benchmarks
 		name=$$(basename "$$file" .py); \
 		echo "== $$name"; $(BIN)/python -m tests.benchmarks.$$name; \
 	done
+
+screenshots: $(STAMP)  ## take the pictures of docs/board.md anew, in Chromium
+	test -d optkit_logs/tour || $(BIN)/python examples/board_tour.py
+	$(BIN)/python -m tests.board.screenshots optkit_logs/tour docs/images
 
 wheel: $(STAMP)  ## build the wheel into dist/
 	$(BIN)/python -m pip wheel . --no-deps -w dist

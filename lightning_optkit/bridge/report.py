@@ -85,7 +85,8 @@ def _write(
         except Exception as error:  # the other loggers still get theirs
             failures.append(error)
     has_no_place = not any(map(_array_writer, trainer.loggers))
-    if has_no_place and (scalars or arrays) and not trainer.fast_dev_run:  # which leaves no logs
+    leaves_logs = not getattr(trainer, "fast_dev_run", False)
+    if has_no_place and leaves_logs and (scalars or arrays):
         run_file_of(trainer).add(step, scalars, arrays, epoch=trainer.current_epoch)
     if failures:
         raise failures[0]

@@ -8,6 +8,7 @@ import pytest
 from lightning_optkit.board import schema
 from lightning_optkit.board.event_files import read_folder
 from lightning_optkit.board.npz_file import FILE_NAME, read_npz, write_npz
+from lightning_optkit.board.payload import decode_run, encode_run
 from lightning_optkit.board.runs import ArraySeries, Run, Series
 from tests.board.recorded import ARRAYS, BEGAN, LAYERS, PLANE, SCALARS, STEPS, Recorder, record
 
@@ -196,3 +197,68 @@ def test_wrong_arrays_in_a_file_are_problems(tmp_path):
     (run,) = read_folder(tmp_path)
     assert run.arrays == {}
     assert "should have shape" in run.problems[0].message
+
+
+NAME = "optkit-hessian/lambda_max"
+NUMBERS = np.ones(2, np.float32)
+RULE = np.ones((2, 1, 4, 2), np.float32)
+ROWS = "should have one row for each"
+
+
+@pytest.mark.parametrize(
+    ("values", "steps", "times", "message"),
+    [
+        (np.ones(3, np.float32), np.arange(2), np.arange(2.0), ROWS),
+        (np.float32(1), np.arange(1), np.arange(1.0), ROWS),
+        (np.ones(0, np.float32), np.arange(0), np.arange(0.0), ROWS),
+        (NUMBERS, np.array([1.0, np.nan]), np.arange(2.0), "one finite number a row"),
+        (NUMBERS, np.ones((2, 2)), np.arange(2.0), "one finite number a row"),
+        (NUMBERS, np.array(["1", "2"]), np.arange(2.0), "one finite number a row"),
+        (NUMBERS, np.arange(2), None, "one finite number a row"),
+        (RULE, np.arange(3), np.arange(3.0), ROWS),
+        (np.ones(2, complex), np.arange(2), np.arange(2.0), "not known to this version"),
+    ],
+)
+def test_a_tag_of_a_file_whose_parts_do_not_fit_hides_no_other(
+    values, steps, times, message, tmp_path
+):
+    content = {NAME: values, f"{NAME}:steps": steps}
+    if times is not None:
+        content[f"{NAME}:times"] = times
+    other = "optkit-hessian/loss"
+    content |= {other: NUMBERS, f"{other}:steps": np.arange(2), f"{other}:times": np.arange(2.0)}
+    np.savez(tmp_path / FILE_NAME, optkit_format=np.array(1), **content)
+    (run,) = read_folder(tmp_path)
+    assert set(run.scalars) == {other}
+    (problem,) = run.problems
+    assert problem.tag == NAME
+    assert message in problem.message
+
+
+def test_a_file_of_a_stranger_is_put_in_order(tmp_path):
+    content = {
+        NAME: np.array([3.0, 1e300, 2.0]),
+        f"{NAME}:steps": np.array([9, 1, 9]),
+        f"{NAME}:times": np.array([5.0, 1.0, 7.0]),
+    }
+    names = "optkit-hessian/layer_names"
+    content |= {names: np.array([["\ud800", "b"]]), f"{names}:steps": np.array([1])}
+    content |= {f"{names}:times": np.array([0.0])}
+    np.savez(tmp_path / FILE_NAME, optkit_format=np.array(1), **content)
+    (run,) = read_folder(tmp_path)
+    assert run.problems == ()
+    assert run.scalars[NAME].steps.tolist() == [1, 9]
+    assert run.scalars[NAME].values.tolist() == [float("inf"), 2.0]
+    assert run.arrays[names].arrays[0].tolist() == [b"?", b"b"]
+
+
+def test_a_line_that_was_resumed_as_a_plane_leaves_the_plane(tmp_path):
+    tag = "optkit-landscape/losses"
+    recorder = Recorder(tmp_path)
+    recorder.array(tag, 0, np.zeros(5, np.float32))
+    recorder.array(tag, 10, np.zeros((5, 5), np.float32))
+    recorder.close()
+    (run,) = read_folder(tmp_path)
+    assert [array.shape for array in run.arrays[tag].arrays] == [(5, 5)]
+    assert run.problems[0].message.startswith("left out: 1 arrays that are not of 2 dimensions")
+    assert decode_run(encode_run(run)).arrays[tag].steps.tolist() == [10]
