@@ -122,9 +122,9 @@ def page_numbers(folder: Path) -> dict[str, float]:
 _FIRST_PAINT = """() => {
   const read = performance.getEntriesByType("resource").filter(e => e.name.includes("/scalars?"));
   const drawn = performance.getEntriesByName("optkit-data");
-  const first = Math.min(...read.map(e => e.responseEnd));
-  const last = Math.max(...read.map(e => e.responseEnd));
   const after = (when) => drawn.find(e => e.startTime >= when);
+  const ends = read.map(e => e.responseEnd).filter(after);  // what has been drawn by now
+  const [first, last] = [Math.min(...ends), Math.max(...ends)];
   const end = (entry) => entry.startTime + entry.duration;
   return {
     "first data to first picture, s": (end(after(first)) - first) / 1000,
