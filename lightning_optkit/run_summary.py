@@ -65,8 +65,8 @@ class Condition:
         """
         match = re.fullmatch(r"\s*([\w/.\-]+?)\s*(>=|<=|==|!=|>|<)\s*(\S+)\s*", text)
         try:
-            if match is not None:
-                return cls(match[1], match[2], float(match[3]))
+            if match is not None and not np.isnan(limit := float(match[3])):
+                return cls(match[1], match[2], limit)  # nothing compares to NaN
         except ValueError:
             pass
         raise ValueError(
@@ -78,7 +78,8 @@ class Condition:
         """Return one sentence for each quantity of the run that meets it, or is no number."""
         if self.name in SEVERITIES:
             count = sum(alert.severity == self.name for alert in alerts(run))
-            return [f"{run.name}: {count} alerts, {self}"] if self._holds(count) else []
+            found = f"{count} alert{'s' * (count != 1)}"
+            return [f"{run.name}: {found}, {self}"] if self._holds(count) else []
         failures = []
         for tag in self._tags(run):
             step, value = run.scalars[tag].steps[-1], float(run.scalars[tag].values[-1])
@@ -224,5 +225,9 @@ def _ratio(evidence: Evidence) -> str:
 
 
 def _last(evidence: Evidence, topic: str, name: str, other: str | None = None) -> str:
-    found = evidence.last(topic, name) or (evidence.last(other, name) if other else None)
-    return "–" if found is None else f"{found[1]:.3g}"
+    """Return the last value as it is: one that is no number is news."""
+    topics = (topic,) if other is None else (topic, other)
+    for series in filter(None, (evidence.series(each, name) for each in topics)):
+        if len(series.values):
+            return f"{series.values[-1]:.3g}"
+    return "–"

@@ -24,7 +24,7 @@ __all__ = ["read_folder"]
 
 
 def read_folder(folder: str | Path) -> list[Run]:
-    """Return the runs below a folder that have something of this package, in order of their names.
+    """Return the runs below a folder that have something of this package, the first one first.
 
     What cannot be read becomes a problem of its run. Where a run has both kinds of files, the event
     files are read: they hold the same, and more.
@@ -41,7 +41,12 @@ def read_folder(folder: str | Path) -> list[Run]:
     runs = {run.name: run for run in _from_npz(folder)} | {
         run.name: run for run in _from_event_files(folder)
     }
-    return [runs[name] for name in sorted(runs)]
+    return sorted(runs.values(), key=lambda run: (_began(run), run.name))
+
+
+def _began(run: Run) -> float:
+    """Return when a run began: TensorBoard lists runs in that order, and colours them by it."""
+    return min((float(s.wall_times[0]) for s in run.scalars.values() if len(s.steps)), default=0.0)
 
 
 def _from_event_files(folder: Path) -> Iterator[Run]:

@@ -270,6 +270,7 @@ class AveragingCallback(pl.Callback, ABC):
             self._take_back()
         self._is_interrupted = True
         self._leave_optimizers()  # what writes a checkpoint now still collects the average
+        close_report(trainer)
 
     def _leave(self) -> None:
         self._leave_optimizers()

@@ -155,6 +155,7 @@ class MixingCallback(pl.Callback, ABC):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         self._leave()
+        close_report(trainer)
 
     def _leave(self) -> None:
         self._interceptor.detach()

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lightning_optkit.board.runs import Run, Series
 from lightning_optkit.diagnosis import alerts
 
@@ -27,7 +29,9 @@ __all__ = [
 VERDICT = "optkit/verdict"
 """Tag of the verdict, as text."""
 
-_LAYOUT_TAG = b"custom_scalars__config__"
+_LAYOUT = re.compile(rb"custom_scalars__config__(?!.{0,24}optkit-)", re.DOTALL)
+"""A layout in an event file whose first category is none of ours: its title follows the tag."""
+
 _MAX_BYTES = 50_000_000  # of event files that are searched for the user's own layout
 
 Chart = tuple[str, list[str]]
@@ -64,7 +68,10 @@ class PlainBoard:
         self._is_told = True
         run = Run("", {tag: Series.of(points) for tag, points in self._points.items()})
         last = max(points[-1][0] for points in self._points.values())
-        self._writer.add_text(VERDICT, verdict_text(run), global_step=last)
+        try:
+            self._writer.add_text(VERDICT, verdict_text(run), global_step=last)
+        except Exception as error:  # a table must not end a run
+            rank_zero_warn(f"The verdict was not written: {type(error).__name__}: {error}")
 
     def _lay_out(self) -> None:
         layout = chart_layout(self._points)
@@ -136,7 +143,7 @@ def verdict_text(run: Run) -> str:
 
 
 def _has_layout(writer: Any, folder: Path) -> bool:
-    """Return whether the run's event files hold a layout already: it is the user's, and stays.
+    """Return whether the run's event files hold a layout of the user's own, which stays.
 
     Where they are too large to search, the answer is yes.
     """
@@ -144,4 +151,4 @@ def _has_layout(writer: Any, folder: Path) -> bool:
     files = list(folder.glob("events.out.tfevents.*"))
     if sum(file.stat().st_size for file in files) > _MAX_BYTES:
         return True
-    return any(_LAYOUT_TAG in file.read_bytes() for file in files)
+    return any(_LAYOUT.search(file.read_bytes()) for file in files)

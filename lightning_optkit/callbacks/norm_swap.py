@@ -198,6 +198,7 @@ class NormSwap(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         self._leave()
+        close_report(trainer)
 
     def _leave(self) -> None:
         self._layers.detach()

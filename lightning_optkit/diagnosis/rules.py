@@ -22,12 +22,17 @@ Rule = Callable[[Evidence], "Alert | None"]
 
 _IN_A_ROW = 3  # once may be chance; three measured points in a row are not
 _SADDLE = 2  # of `kind`, as `board.tags` says
+_LOSSES = {
+    f"{stage}loss{when}"
+    for stage in ("", "train_", "val_")
+    for when in ("", "_step", "_epoch")  # as Lightning forks names
+}
 
 
 def loss_is_not_a_number(evidence: Evidence) -> Alert | None:
     """A loss that is NaN or infinite: no threshold, nothing after it means anything."""
     for tag, series in evidence.run.scalars.items():
-        if tag.rpartition("/")[2] not in ("loss", "train_loss", "train_loss_step"):
+        if tag.rpartition("/")[2] not in _LOSSES:
             continue
         broken = np.flatnonzero(~np.isfinite(series.values))
         if len(broken):
@@ -36,7 +41,8 @@ def loss_is_not_a_number(evidence: Evidence) -> Alert | None:
                 "critical",
                 "loss_is_not_a_number",
                 "The loss is not a number",
-                f"`{tag}` is {series.values[broken[0]]} from step {step:,} on.",
+                f"`{tag}` is {series.values[broken[0]]} at step {step:,}, and no number at "
+                f"{len(broken):,} of {len(series.values):,} points.",
                 "Look at the steps before it: a learning rate too high, a division or a logarithm "
                 "of zero, or half precision without scaling. "
                 "`Trainer(detect_anomaly=True)` names the operation.",
@@ -255,6 +261,58 @@ def step_size(evidence: Evidence) -> Alert | None:
     )
 
 
+def exploding_gradient(evidence: Evidence) -> Alert | None:
+    """A gradient a hundred times longer at the last three points than it was at the median before.
+
+    A hundred: within a run norms vary by tens, with the batch and the phase of training. Source:
+    Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks", 2013,
+    § 2.
+    """
+    series = evidence.series(tags.GRADIENT, "gradient_norm")
+    if series is None or len(series.values) < 2 * _IN_A_ROW:
+        return None
+    usual = float(np.median(series.values[:-_IN_A_ROW]))
+    latest = float(np.median(series.values[-_IN_A_ROW:]))
+    if not (usual > 0 and latest > 100 * usual):
+        return None
+    return Alert(
+        "warning",
+        "exploding_gradient",
+        "The gradient explodes",
+        f"Its norm is {latest:.3g} at the last {_IN_A_ROW} points, and was {usual:.3g} before.",
+        "Clip it (`Trainer(gradient_clip_val=1.0)`), lower the learning rate, and see in the layer "
+        "heatmap where it begins.",
+        "likely",
+        int(series.steps[-_IN_A_ROW]),
+        (tags.tag(tags.GRADIENT, "gradient_norm"),),
+    )
+
+
+def rate_far_below_the_limit(evidence: Evidence) -> Alert | None:
+    """λmax never above a hundredth of what the optimizer is stable at.
+
+    Of the whole run, so that a warmup or a decay does not count. Full-batch training drives the
+    ratio to 1, small batches keep it below by a factor that depends on them: a hundredth is a hint.
+    Source: Cohen et al., 2021 (see :func:`unstable`), § 3.
+    """
+    ratio = evidence.series(tags.STABILITY, "ratio")
+    if ratio is None or len(ratio.values) < _IN_A_ROW:
+        return None
+    highest = float(ratio.values.max())  # NaN, where the optimizer's limit is not known, is silent
+    if not 0 < highest < 0.01:
+        return None
+    return Alert(
+        "info",
+        "rate_far_below_the_limit",
+        "The learning rate is far below what the surface bears",
+        f"λmax has been at most {highest:.2g} of the threshold.",
+        "Try a rate 3 to 10 times as high, warmed up with `LRWarmup`.",
+        "hint",
+        int(ratio.steps[np.argmax(ratio.values)]),
+        (tags.tag(tags.STABILITY, "ratio"),),
+    )
+
+
 def batch_against_noise(evidence: Evidence) -> Alert | None:
     """A batch more than ten times smaller or larger than the gradient's noise scale.
 
@@ -370,10 +428,12 @@ RULES: tuple[Rule, ...] = (
     dead_units,
     saturated_units,
     layers_stand_still,
+    exploding_gradient,
     step_size,
     nothing_averaged,
     nothing_mixed,
     edge_of_stability,
+    rate_far_below_the_limit,
     batch_against_noise,
     gaps_in_the_landscape,
     costly_diagnostics,

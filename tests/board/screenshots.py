@@ -28,10 +28,9 @@ def main(logs: str, out: str) -> None:
         page.wait_for_timeout(1000)
         page.screenshot(path=folder / "board_dark.png")
         page.evaluate("document.body.classList.remove('dark-mode')")
-        for name in ("verdict", "spectrum", "landscape", "layers"):
-            view.locator(f"#{name}").scroll_into_view_if_needed()
-            page.wait_for_timeout(500)
-            view.locator(f"#{name}").screenshot(path=folder / f"board_{name}.png")
+        view.locator("#landscape").scroll_into_view_if_needed()
+        page.wait_for_timeout(1000)
+        view.locator("#landscape").screenshot(path=folder / "board_landscape.png")
         page.goto(f"{server}#custom_scalars")
         page.wait_for_timeout(3000)
         page.screenshot(path=folder / "board_custom_scalars.png")

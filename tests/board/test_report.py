@@ -135,6 +135,12 @@ def test_names_are_shown_as_they_are(capsys):
     assert EVIL in printed("\n".join(verdicts([run])))
 
 
+def test_a_last_value_that_is_no_number_is_shown():
+    points = Series.of([(0, 0.0, 60.0), (10, 1.0, math.nan)])
+    row = printed(summary_table([Run("r", {"optkit-stability/lambda_max": points})]))
+    assert row.splitlines()[3].split() == ["r", "10", "–", "–", "nan", "–", "–"]
+
+
 def test_sparkline_is_as_high_as_numbers_are():
     assert sparkline([0.0, 1.0, 2.0]) == "▁▅█"
     assert sparkline([-1.0, 1.0, -1.0]) == "▁█▁"
@@ -159,6 +165,7 @@ def test_sparkline_is_as_high_as_numbers_are():
         (["lambda_maximum>5"], 2, "must name something that was logged, got 'lambda_maximum'"),
         (["lambda_max"], 2, "must be a name, one of"),
         (["lambda_max>many"], 2, "must be a name, one of"),
+        (["lambda_max>nan"], 2, "must be a name, one of"),  # which could never hold
     ],
 )
 def test_conditions_give_the_exit_status(conditions, status, said, tmp_path, capsys, monkeypatch):
@@ -179,6 +186,7 @@ def test_a_short_name_means_the_first_topic_that_has_it_with_any_callbacks_name(
     )
     assert Condition.of("lambda_max>5").failures(run) == []
     assert Condition.of("optkit-sharpness/lambda_max>5").failures(run) != []
+    assert Condition.of("info==1").failures(run) == ["r: 1 alert, info==1"]
 
 
 def test_summary_as_json_is_that_alone(tmp_path, capsys):

@@ -9,8 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util.tensor_util import make_ndarray
 
-from lightning_optkit import HessianSpectrum, Sharpness
+from lightning_optkit import EMA, HessianSpectrum, Sharpness
 from lightning_optkit.board.runs import Run, Series
+from lightning_optkit.bridge import plain_board
 from lightning_optkit.bridge.plain_board import VERDICT, chart_layout, verdict_text
 from tests.modules import MODULES
 
@@ -78,6 +79,36 @@ def test_a_layout_of_the_users_own_stays(tmp_path):
     fit(logger, *observers())
     (layout,), _ = written(logger)
     assert [category.title for category in layout.category] == ["mine"]
+
+
+def test_a_layout_of_ours_grows_in_a_resumed_run(tmp_path):
+    for callback in observers():
+        logger = TensorBoardLogger(tmp_path, version=0)
+        fit(logger, callback)
+    layouts, _ = written(logger)
+    assert {category.title for category in layouts[-1].category} == {"optkit-sharpness"}
+    assert len(layouts) == 2
+
+
+def test_a_rule_that_fails_and_an_exception_in_training_end_nothing(tmp_path, monkeypatch):
+    class Fails(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            raise RuntimeError("no")
+
+    logger = TensorBoardLogger(tmp_path)
+    with pytest.raises(RuntimeError, match="no"):
+        fit(logger, EMA(decay=0.9), Fails())
+    events = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0}).Reload()
+    assert events.Tensors(f"{VERDICT}/text_summary")
+
+    def broken(run):
+        raise ZeroDivisionError
+
+    warned = []
+    monkeypatch.setattr(plain_board, "alerts", broken)
+    monkeypatch.setattr(plain_board, "rank_zero_warn", warned.append)
+    fit(TensorBoardLogger(tmp_path), EMA(decay=0.9))
+    assert warned == ["The verdict was not written: ZeroDivisionError: "]
 
 
 def test_other_loggers_do_without(tmp_path):

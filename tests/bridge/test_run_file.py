@@ -135,3 +135,47 @@ def test_an_exception_in_training_loses_nothing(tmp_path):
         fit(CSVLogger(tmp_path), monitor, Fails(), folder=tmp_path)
     (path,) = tmp_path.rglob(FILE_NAME)
     assert read_npz(path, name="").scalars["optkit-gradient/gradient_norm"].steps[-1] == 4
+
+
+def test_a_run_that_leaves_no_logs_leaves_no_file(tmp_path):
+    fit(False, EMA(decay=0.9), folder=tmp_path, fast_dev_run=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_it_cannot_be_written_one_warning_says_so_and_training_goes_on(tmp_path, monkeypatch):
+    (tmp_path / "optkit_logs").write_text("a file in the way")
+    warnings: list[str] = []
+    monkeypatch.setattr(run_file, "rank_zero_warn", warnings.append)
+    trainer = fit(False, EMA(decay=0.9), folder=tmp_path)
+    (warning,) = warnings
+    assert "cannot be written" in warning
+    assert trainer.global_step == 8
+    (tmp_path / "optkit_logs").unlink()
+    run_file.close_run_file(trainer)  # now it can
+    (path,) = tmp_path.rglob(FILE_NAME)
+    assert len(read_npz(path, name="").scalars["optkit-averaging/num_averaged"].steps) == 8
+
+
+@pytest.mark.parametrize("format_", [None, 2])
+def test_a_file_that_cannot_be_continued_is_moved_aside(format_, tmp_path):
+    path = tmp_path / FILE_NAME
+    if format_ is None:
+        path.write_bytes(b"PK\3\4 cut short")
+    else:
+        np.savez(path, optkit_format=np.array(format_))
+    before = path.read_bytes()
+    file = RunFile(path)
+    with pytest.warns(UserWarning, match="cannot be continued"):
+        file.add(0, {"a": 1.0}, {})
+    assert read_npz(path, name="").scalars["a"].values.tolist() == [1]
+    (aside,) = tmp_path.glob(f"{FILE_NAME}.*")
+    assert aside.read_bytes() == before
+
+
+def test_a_line_that_is_a_plane_from_now_on_begins_anew(tmp_path):
+    file = RunFile(tmp_path / FILE_NAME)
+    file.add(0, {}, {"optkit-landscape/losses": np.zeros(3, np.float32)})
+    file.add(1, {}, {"optkit-landscape/losses": np.zeros((3, 3), np.float32)})
+    file.write()
+    arrays = read_npz(file.path, name="").arrays["optkit-landscape/losses"]
+    assert [array.shape for array in arrays.arrays] == [(3, 3)]

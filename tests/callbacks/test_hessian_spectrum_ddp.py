@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_optkit import HessianSpectrum, is_probing
+from lightning_optkit.board.npz_file import read_npz
 from tests.contracts import assert_same, run
 from tests.distributed import run_in_two_processes
 from tests.modules import DictAutoencoder, images
@@ -48,6 +49,11 @@ def test_training_is_bit_identical_on_two_processes(tmp_path):
             assert_same(without, with_it)
     log = (tmp_path / "with0" / "csv" / "version_0" / "metrics.csv").read_text()
     assert "optkit-hessian/lambda_max" in log
+    (path,) = (tmp_path / "with0").rglob("optkit.npz")  # rank zero's: one, and beside its logs
+    assert path.parent.name == "version_0"
+    quadrature = read_npz(path, name="").arrays["optkit-hessian/quadrature"]
+    assert quadrature.steps.tolist() == sorted(set(quadrature.steps.tolist()))
+    assert not list((tmp_path / "without0").rglob("*.npz"))
 
 
 def uneven_data() -> list[list[dict[str, torch.Tensor]]]:

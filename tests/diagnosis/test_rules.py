@@ -51,6 +51,8 @@ SPEAKS = {
     "dead_units": run_of(gradient__dead=[0.1, 0.6]),
     "saturated_units": run_of(gradient__saturated=[0.1, 0.95]),
     "layers_stand_still": run_of(updates(1e-3, 2e-3, 1e-7, 1e-3), gradient__loss=FALLING),
+    "exploding_gradient": run_of(gradient__gradient_norm=[1, 2, 1, 150, 1e3, 1e5]),
+    "rate_far_below_the_limit": run_of(stability__ratio=[1e-4, 2e-3, 1e-3]),
     "step_size": run_of(gradient__update_ratio=[0.01, 0.2, 0.3, 0.5]),
     "nothing_averaged": run_of(averaging__num_averaged=[0, 0]),
     "nothing_mixed": run_of(mixing__share=[0, 0]),
@@ -63,6 +65,19 @@ SPEAKS = {
 }  # fmt: skip
 
 IS_SILENT = {
+    "exploding_gradient": [
+        run_of(gradient__gradient_norm=[1, 2, 1, 90, 90, 90]),
+        run_of(gradient__gradient_norm=[1, 2, 1, 1e5, 1, 1]),  # one batch
+        run_of(gradient__gradient_norm=[1, 1, 1e5, 1e5, 1e5]),  # too few
+        run_of(gradient__gradient_norm=[0, 0, 0, 1, 1, 1]),
+        run_of(gradient__gradient_norm=[NAN] * 6),
+    ],
+    "rate_far_below_the_limit": [
+        run_of(stability__ratio=[1e-4, 0.02, 1e-4]),  # a schedule
+        run_of(stability__ratio=[1e-3] * 2),
+        run_of(stability__ratio=[NAN] * 3),
+        run_of(stability__ratio=[-1.0] * 3),  # curving down everywhere
+    ],
     "loss_is_not_a_number": [run_of(hessian__loss=FALLING), run_of(hessian__trace=[NAN])],
     "unstable": [
         run_of(stability__ratio=[1.3, 1.5, 0.9, 1.5, 1.2, 0.9], gradient__loss=RISING),  # two a row
@@ -187,6 +202,15 @@ def test_a_loss_that_is_infinite_or_the_users_own_counts():
     assert said_by("loss_is_not_a_number", run_of(train_loss=[1.0, INF])) is not None
     rising = run_of(stability__ratio=[1.5] * 6, train_loss=RISING, val_loss=FALLING)
     assert said_by("unstable", rising).tags == ("optkit-stability/ratio", "train_loss")
+
+
+@pytest.mark.parametrize("name", ["loss_step", "val_loss", "train/loss", "val_loss_epoch"])
+def test_a_loss_by_any_of_lightnings_names_counts_wherever_it_is_no_number(name):
+    run = Run("run", {name: Series.of([(0, 0.0, 1.0), (10, 1.0, NAN), (20, 2.0, 1.0)])})
+    alert = said_by("loss_is_not_a_number", run)
+    assert alert.step == 10
+    assert "is nan at step 10, and no number at 1 of 3 points" in alert.evidence
+    assert said_by("loss_is_not_a_number", Run("run", {"val_losses": run.scalars[name]})) is None
 
 
 def test_a_callback_with_a_name_of_its_own_is_heard():

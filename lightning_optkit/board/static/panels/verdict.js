@@ -5,7 +5,7 @@ import { colorOf, epochOf } from "../store.js";
 
 const WORDS = /** @type {const} */ ({ critical: "Critical", warning: "Warning", info: "Note" });
 const ORDER = ["critical", "warning", "info"];
-const MOST = 12;
+const FEW = 6; // notes that are shown without being asked for, where nothing is wrong
 
 export class Verdict extends Panel {
   /** @param {import("../store.js").Store} store */
@@ -15,6 +15,8 @@ export class Verdict extends Panel {
       help: "What the measurements say about each run, the worst first, how sure that is, and what to do about it.",
     });
     this.hasPicture = false;
+    /** @type {boolean|null} */
+    this.isOpen = null; // the notes, once somebody has said so
   }
 
   /** Alerts of all runs, the worst first. */
@@ -35,13 +37,18 @@ export class Verdict extends Panel {
         element("p", { class: "note problem" }, `${run.name}: ${message}`))),
     );
     if (this.isEmpty) return;
-    const isAll = this.picked("few") === "all";
-    const list = element("ul", { class: "alerts" }, ...alerts.slice(0, isAll ? alerts.length : MOST).map((one) => this.card(one)));
-    this.body.replaceChildren(list);
-    if (alerts.length <= MOST) return;
-    const more = element("button", { type: "button" }, isAll ? "Show fewer" : `Show all ${alerts.length}`);
-    more.addEventListener("click", () => store.look({ picks: { ...store.view.picks, verdict: isAll ? "few" : "all" } }));
-    this.body.append(more);
+    const wrong = alerts.filter(({ alert }) => alert.severity !== "info");
+    const notes = alerts.filter(({ alert }) => alert.severity === "info");
+    const summary = element("summary", {}, `Notes (${notes.length})`);
+    const details = element("details", { class: "notes" }, summary, this.cards(notes));
+    details.open = this.isOpen ?? (!wrong.length && notes.length <= FEW);
+    summary.addEventListener("click", () => (this.isOpen = !details.open)); // before it opens
+    this.body.replaceChildren(this.cards(wrong), ...(notes.length ? [details] : []));
+  }
+
+  /** @param {{run: import("../store.js").Run, alert: import("../source.js").Alert}[]} alerts */
+  cards(alerts) {
+    return element("ul", { class: "alerts" }, ...alerts.map((one) => this.card(one)));
   }
 
   /** @param {{run: import("../store.js").Run, alert: import("../source.js").Alert}} one */
