@@ -1,6 +1,6 @@
 /** The page: runs and controls above, panels below, and the keys. */
 
-import { element } from "./panel.js";
+import { element, Panel } from "./panel.js";
 import { nearest } from "./payload.js";
 import { averaging } from "./panels/averaging.js";
 import { cost } from "./panels/cost.js";
@@ -44,7 +44,8 @@ export async function start(source) {
   store.listeners.push((what) => {
     const began = performance.now();
     toolbar.update(what);
-    for (const panel of panels) what === "cursor" ? panel.cursor() : panel.update();
+    for (const panel of panels) what === "cursor" ? panel.follow() : panel.update();
+    if (what !== "cursor") Panel.settle(panels);
     footer.textContent = [`lightning-optkit ${store.about.version}`, ...(store.about.notes ?? [])].join(" · ");
     performance.measure(`optkit-${what}`, { start: began, end: performance.now() });
   });

@@ -16,6 +16,8 @@ import { colors } from "./theme.js";
 
 /** @typedef {(string|number|null)[]} Row */
 
+const MOST_READ = 8; // values at the cursor: more would be a wall of numbers
+
 /**
  * Text only: nothing that a user named is ever read as markup.
  * @template {keyof HTMLElementTagNameMap} K
@@ -60,13 +62,38 @@ export class Panel {
     /** @type {boolean|null} */
     this.isEmpty = null;
     this.hasPicture = true;
+    this.isSeen = true;
+    this.isBehind = false; // the cursor has moved while nobody could see it
+    new IntersectionObserver(([entry]) => {
+      this.isSeen = entry.isIntersecting;
+      if (this.isSeen && this.isBehind) this.follow();
+    }).observe(this.root);
   }
 
   /** Draws anew; a subclass says how. */
   update() {}
 
-  /** Follows the cursor. */
+  /** Draws what follows the cursor; a subclass says how. */
   cursor() {}
+
+  /** Follows the cursor, once the panel is in sight: most panels of a page are not. */
+  follow() {
+    this.isBehind = !this.isSeen;
+    if (this.isSeen) this.cursor();
+  }
+
+  /**
+   * Keeps the height that readings have now while the cursor moves: numbers of other lengths would
+   * move everything below them, and drawing all that anew takes longer than a frame.
+   * @param {Panel[]} panels
+   */
+  static settle(panels) {
+    for (const { readout } of panels) readout.style.height = readout.style.contain = "";
+    const heights = panels.map(({ readout }) => readout.scrollHeight);
+    panels.forEach(({ readout }, i) => {
+      if (heights[i]) Object.assign(readout.style, { height: `${heights[i]}px`, contain: "strict" });
+    });
+  }
 
   /** What is drawn as a table: a row of headings first.
    * @returns {Row[]} */
@@ -172,13 +199,24 @@ export class Panel {
   }
 
   /**
-   * @param {{run: import("./store.js").Run, text: string}[]} values at the cursor
-   * @param {number} [most]
+   * Shows what is at the cursor.
+   * @template {{run: import("./store.js").Run}} T
+   * @param {T[]} all
+   * @param {(one: T) => string} textOf asked for those alone that are shown
+   * @returns {string} the same as one text
    */
-  read(values, most = 8) {
-    const spans = values.slice(0, most).map(({ run, text }) => element("span", {}, dot(colorOf(run)), text));
-    if (values.length > most) spans.push(element("span", {}, `and ${values.length - most} more`));
-    this.readout.replaceChildren(...spans);
+  read(all, textOf) {
+    const texts = all.slice(0, MOST_READ).map(textOf);
+    const shown = all.length > MOST_READ ? [...texts, `and ${all.length - MOST_READ} more`] : texts;
+    const spans = this.readout.children;
+    if (spans.length !== shown.length) this.readout.replaceChildren(...shown.map(() => element("span", {}, dot(""), element("b"))));
+    shown.forEach((text, i) => { // new elements at each move of the cursor cost more than all drawing
+      const [circle, said] = /** @type {Iterable<HTMLElement>} */ (spans[i].children);
+      const color = i < texts.length ? colorOf(all[i].run) : "transparent";
+      if (circle.dataset.color !== color) circle.style.background = circle.dataset.color = color;
+      if (said.textContent !== text) said.textContent = text;
+    });
+    return texts.join("; ");
   }
 }
 

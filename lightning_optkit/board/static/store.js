@@ -77,10 +77,9 @@ export class Store {
 
   /** @param {Partial<View>} change */
   look(change) {
-    const cursorOnly = Object.keys(change).every((key) => key === "at" || key === "pin");
     Object.assign(this.view, change);
     writeView(this.view);
-    this.tell(cursorOnly ? "cursor" : "view");
+    this.tell(Object.keys(change).every((key) => key === "at") ? "cursor" : "view");
   }
 
   /** Reads what is new, and says so as it comes. */

@@ -121,12 +121,9 @@ export class TimePanel extends Panel {
       const i = nearest(one.x, place);
       return i < 0 ? "–" : `${format(one.y[i])}${boundsText(one, i)}`;
     };
-    const values = this.lines.map((one) => ({
-      run: one.run,
-      text: `${one.label} ${view.pin === null ? "" : `${at(one, view.pin)} → `}${at(one, cursor)}`,
-    }));
-    this.read(values);
-    this.plot.describe(`${this.spec.title}. ${values.slice(0, 8).map(({ text }) => text).join("; ")}`);
+    const said = this.read(this.lines, (one) =>
+      `${one.label} ${view.pin === null ? "" : `${at(one, view.pin)} → `}${at(one, cursor)}`);
+    this.plot.describe(`${this.spec.title}. ${said}`);
   }
 
   table() {

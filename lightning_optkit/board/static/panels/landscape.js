@@ -155,15 +155,15 @@ export class Landscape extends Panel {
       context.strokeStyle = "#ffffff";
       context.stroke();
     }));
-    this.read(this.pictures.map(({ track, point, losses, shape }) => {
+    this.read(this.pictures.map((picture) => ({ run: picture.track.run, ...picture })), ({ track, point, losses, shape }) => {
       const [low, high] = extent([losses]) ?? [NaN, NaN];
       const explained = store.tracks(TOPIC, "explained").find(({ label }) => label === track.label);
       const share = explained ? `, ${(100 * explained.series.values[Math.min(point, explained.series.values.length - 1)]).toFixed(0)} % of the path` : "";
       const gaps = losses.filter((loss) => !Number.isFinite(loss)).length;
       const said = `${track.label} at step ${format(track.series.steps[point])}: loss ${format(low)} to ${format(high)}${share}${gaps ? `, ${gaps} gaps` : ""}`;
       this.plots[this.pictures.findIndex((one) => one.track === track)]?.describe(`${said}, ${shape.join(" × ")} points`);
-      return { run: track.run, text: said };
-    }));
+      return said;
+    });
   }
 
   /** @param {Picture} picture */

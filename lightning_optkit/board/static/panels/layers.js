@@ -51,10 +51,6 @@ export class Layers extends Panel {
     const [, topic, array, column, namesTag, isLog] = QUANTITIES[this.picked("trust", this.spec.id, labelsOf())];
     const tracks = store.arrayTracks(topic, array, MOST);
     const all = store.tracks(topic, array).length;
-    this.note(...[
-      all > MOST ? `Shown: the first ${MOST} of ${all} runs. Switch others off to see the rest.` : "",
-      all ? "" : "This quantity was not logged in the runs shown.",
-    ].filter(Boolean));
     this.grids = tracks.map((track) => {
       const { series } = track;
       const names = namesAt(track.run.topics.get(topic)?.get(track.instance)?.get(namesTag), Infinity);
@@ -65,7 +61,11 @@ export class Layers extends Panel {
       };
     });
     this.arrange();
-    this.paint(isLog);
+    this.note(...[
+      this.paint(isLog),
+      all > MOST ? `Shown: the first ${MOST} of ${all} runs. Switch others off to see the rest.` : "",
+      all ? "" : "This quantity was not logged in the runs shown.",
+    ].filter(Boolean));
     this.cursor();
   }
 
@@ -82,7 +82,10 @@ export class Layers extends Panel {
     });
   }
 
-  /** @param {boolean} isLog */
+  /**
+   * @param {boolean} isLog
+   * @returns {string} what the colours mean
+   */
   paint(isLog) {
     const values = this.grids.map(({ names, x, value }) => names.flatMap((_, row) => Array.from(x, (_, i) => value(row, i))));
     const range = extent(values, isLog) ?? [0, 1];
@@ -109,7 +112,7 @@ export class Layers extends Panel {
         },
       });
     });
-    this.legend = `scale ${format(range[0])} to ${format(range[1])}`;
+    return values.some((one) => one.length) ? `Darkest is ${format(range[0])}, brightest ${format(range[1])}.` : "";
   }
 
   cursor() {
@@ -120,13 +123,12 @@ export class Layers extends Panel {
       paintCursor(context, plot, store);
       plot.describe(`${this.spec.title}, ${track.label}`);
     }));
-    this.read(this.grids.map(({ track, names, x, value }) => {
+    this.read(this.grids.map((grid) => ({ run: grid.track.run, ...grid })), ({ track, names, x, value }) => {
       const i = nearest(x, store.cursor);
       const found = names.map((name, row) => ({ name, v: value(row, i) })).filter(({ v }) => Number.isFinite(v)).sort((a, b) => a.v - b.v);
       const [low, high] = [found[0], found[found.length - 1]];
-      return { run: track.run, text: low ? `${track.label} least ${low.name} ${format(low.v)}, most ${high.name} ${format(high.v)}` : track.label };
-    }));
-    this.readout.append(element("span", {}, this.legend ?? ""));
+      return low ? `${track.label} least ${low.name} ${format(low.v)}, most ${high.name} ${format(high.v)}` : track.label;
+    });
   }
 
   table() {

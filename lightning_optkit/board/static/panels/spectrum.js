@@ -205,10 +205,8 @@ export class Spectrum extends Panel {
         return line(context, [plot.left, at, plot.width - 14, at]);
       });
     }
-    this.read(this.pictures.map(({ track }) => {
-      const i = store.pointAt(track, store.cursor);
-      return { run: track.run, text: `${track.label} step ${format(track.series.steps[i])}` };
-    }));
+    this.read(this.pictures.map(({ track }) => track), (track) =>
+      `${track.label} step ${format(track.series.steps[store.pointAt(track, store.cursor)])}`);
   }
 
   table() {

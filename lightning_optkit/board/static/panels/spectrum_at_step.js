@@ -23,6 +23,8 @@ export class SpectrumAtStep extends Panel {
     this.plot = null;
     /** @type {import("../store.js").Track[]} */
     this.tracks = [];
+    /** @type {[number, number, number]|null} */
+    this.range = null;
   }
 
   build() {
@@ -31,6 +33,7 @@ export class SpectrumAtStep extends Panel {
 
   update() {
     this.tracks = this.store.arrayTracks(TOPIC, "quadrature", MOST);
+    this.range = sharedRange(this.store, this.tracks); // of all points: too many to look at each time
     this.setEmpty(!this.store.tracks(TOPIC, "quadrature").length);
     this.note();
     if (!this.isEmpty) this.cursor();
@@ -38,8 +41,7 @@ export class SpectrumAtStep extends Panel {
 
   /** Curves of now: `[track, point, is pinned, density]`. */
   get curves() {
-    const { store, tracks } = this;
-    const range = sharedRange(store, tracks);
+    const { store, tracks, range } = this;
     if (!range) return null;
     const grid = makeGrid(range[0], range[1], range[2], PLACES);
     const places = /** @type {[number, boolean][]} */ (store.view.pin === null ? [[store.cursor, false]] : [[store.view.pin, true], [store.cursor, false]]);
@@ -83,11 +85,9 @@ export class SpectrumAtStep extends Panel {
         context.setLineDash([]);
       },
     });
-    const values = curves.map(({ track, point, isPinned }) => ({
-      run: track.run, text: `${track.label} step ${format(track.series.steps[point])}${isPinned ? " (pinned)" : ""}`,
-    }));
-    this.read(values);
-    this.plot.describe(`${this.spec.title}: ${values.map(({ text }) => text).join("; ")}`);
+    const said = this.read(curves.map(({ track, point, isPinned }) => ({ run: track.run, track, point, isPinned })),
+      ({ track, point, isPinned }) => `${track.label} step ${format(track.series.steps[point])}${isPinned ? " (pinned)" : ""}`);
+    this.plot.describe(`${this.spec.title}: ${said}`);
   }
 
   table() {
