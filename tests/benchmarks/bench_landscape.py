@@ -162,8 +162,8 @@ def heading() -> str:
 ResNet-20 on {BATCH} images. The forward passes are {RESOLUTION**2} calls of the net and its loss at
 its own parameters. "Through the probe" is what `LossLandscape` does around an unedited
 `training_step`: it leaves no trace in module, metrics, logs and random streams at each of them.
-loss-landscapes takes directions without a normalization: with its own for filters it divides by zero
-where a filter is zero, as the β of a fresh BatchNorm."""
+loss-landscapes takes directions without a normalization: with its own for filters it divides by
+zero where a filter is zero, as the β of a fresh BatchNorm."""
 
 
 def main() -> None:
