@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -77,7 +77,9 @@ class LossLandscape(Observer[LandscapeReport]):
             principal components of the path of training, with the path in it; ``"hessian"``, the
             eigenvectors of the two largest eigenvalues, as long as the weights; ``"init"``, the
             line from the weights before training to those now; or the path of a checkpoint, for
-            the line from here to there.
+            the line from here to there; or the paths of two, for the line from the first to the
+            second, or of two or more for the plane through them and the weights now (of more, the
+            plane nearest to them).
         resolution: points of a line, or along either side of a plane; odd, and the weights are one
             of them.
         span: how far to go either way, in multiples of a direction; of a trajectory, in multiples
@@ -127,7 +129,7 @@ class LossLandscape(Observer[LandscapeReport]):
     def __init__(
         self,
         kind: Literal["line", "plane"] = "plane",
-        directions: str = "random",
+        directions: str | Sequence[str] = "random",
         *,
         resolution: int = 25,
         span: float = 1.0,
@@ -170,16 +172,16 @@ class LossLandscape(Observer[LandscapeReport]):
         )
         if kind not in _KINDS:
             raise ValueError(f"`kind` must be 'line' or 'plane', got {kind!r}.")
-        if not isinstance(directions, str):
-            raise TypeError(
-                f"`directions` must be one of {', '.join(map(repr, _DIRECTIONS))} or the path of a "
-                f"checkpoint, got {directions!r}."
-            )
-        to_others = directions not in ("random", "trajectory", "hessian")
-        if kind == "plane" and to_others:
+        paths = _paths_of(directions)
+        if kind == "plane" and (directions == "init" or len(paths) == 1):
             raise ValueError(
                 f"`kind` must be 'line' where `directions` is {directions!r}: two points span a "
-                "line. Write `kind='line'`."
+                "line. Write `kind='line'`, or give the paths of two checkpoints."
+            )
+        if kind == "line" and len(paths) > 2:
+            raise ValueError(
+                f"`directions` must be one or two checkpoints for a line, got {len(paths)}. Write "
+                "`kind='plane'` for the plane nearest to them."
             )
         if kind == "line" and directions == "trajectory":
             raise ValueError(
@@ -203,7 +205,8 @@ class LossLandscape(Observer[LandscapeReport]):
                 f"`trajectory_bytes` must be an integer of at least 1, got {trajectory_bytes!r}."
             )
         self._kind = kind
-        self._directions = directions
+        self._directions = directions if isinstance(directions, str) else "checkpoints"
+        self._checkpoints = paths
         self._resolution = resolution
         self._span = float(span)
         self._normalization = normalization
@@ -225,8 +228,8 @@ class LossLandscape(Observer[LandscapeReport]):
         super().on_train_start(trainer, pl_module)
         if self._follows_path:
             self._path.start(pl_module, self.parameter_names(pl_module))
-        elif self._directions not in _DIRECTIONS:
-            stored_weights(self._directions, self._tensors_of_line(pl_module))
+        for path in self._checkpoints:  # what does not fit is told before the first step
+            stored_weights(path, self._tensors_of_line(pl_module))
 
     def on_train_batch_end(
         self,
@@ -261,9 +264,12 @@ class LossLandscape(Observer[LandscapeReport]):
         picture: LossLine | LossPlane
         with shown_progress(trainer, type(self).__name__, num_losses) as tell:
             if self._kind == "plane":
-                directions, span, trajectory = self._plane(operator)
+                surface: LossSurface = operator
+                if self._checkpoints:
+                    surface = self._surface_with_buffers(pl_module, probe, trainer)
+                directions, span, trajectory = self._plane(operator, surface)
                 for picture in plane_passes(
-                    operator, directions, resolution=self._resolution, span=span
+                    surface, directions, resolution=self._resolution, span=span
                 ):
                     tell(int(picture.known.sum()))
             else:
@@ -275,7 +281,7 @@ class LossLandscape(Observer[LandscapeReport]):
             float(operator.value()),
             basin,
             trajectory,
-            () if trajectory is None else (*self._path.steps, _num_steps(trainer)),
+            (*self._path.steps, _num_steps(trainer)) if self._follows_path else (),
             num_losses + (0 if basin is None else basin.num_losses),
             int(operator.total_weight),
         )
@@ -312,6 +318,7 @@ class LossLandscape(Observer[LandscapeReport]):
         }
         if result.trajectory is not None:
             found[tags.LANDSCAPE_PATH] = result.trajectory.path.float().numpy()
+        if result.path_steps:
             found[tags.LANDSCAPE_PATH_STEPS] = torch.tensor(result.path_steps).float().numpy()
         return found
 
@@ -321,19 +328,21 @@ class LossLandscape(Observer[LandscapeReport]):
         from lightning_optkit.figures.landscape import line_figure, plane_figure
 
         if isinstance(result.picture, LossLine):
-            there = {"init": "before training"}.get(self._directions, Path(self._directions).name)
-            labels = ("here", "" if self._directions in ("random", "hessian") else there)
+            names = [Path(path).name for path in self._checkpoints] or [""]
+            if self._directions == "init":
+                names = ["before training"]
+            labels = (names[0], names[1]) if len(names) > 1 else ("here", names[0])
             return {tags.LANDSCAPE_FIGURE: line_figure(result.picture, labels=labels)}
-        path, names = None, ("first direction", "second direction")
+        path, axes = None, ("first direction", "second direction")
         if result.trajectory is not None:
             path = result.trajectory.path.numpy()
             shares = [f"{share:.0%} of the path" for share in result.trajectory.explained.tolist()]
-            names = (f"first component, {shares[0]}", f"second component, {shares[1]}")
+            axes = (f"first component, {shares[0]}", f"second component, {shares[1]}")
         elif self._directions == "hessian":
-            names = ("eigenvector of the largest eigenvalue", "of the second largest")
+            axes = ("eigenvector of the largest eigenvalue", "of the second largest")
         return {
             tags.LANDSCAPE_FIGURE: plane_figure(
-                result.picture, path=path, names=names, log=self._log
+                result.picture, path=path, names=axes, log=self._log
             )
         }
 
@@ -343,13 +352,14 @@ class LossLandscape(Observer[LandscapeReport]):
         return torch.Generator().manual_seed(self._seed)  # the same at each picture, on each rank
 
     def _plane(
-        self, operator: HessianOperator
+        self, operator: HessianOperator, surface: LossSurface
     ) -> tuple[Tensor, tuple[float, float, float, float], TrajectoryPlane | None]:
         """Return two directions, how far to go, and the path if they are its."""
         square = (-self._span, self._span, -self._span, self._span)
-        if self._directions == "trajectory":
-            here = operator.vector()
+        if self._directions == "trajectory" or self._checkpoints:
+            here = surface.vector()
             points = [point.to(here.dtype) for point in self._path.points]
+            points += [self._stored(path, surface).cpu() for path in self._checkpoints]
             trajectory = trajectory_plane([*points, here.cpu()])
             span = _around(trajectory.path, self._span)
             return trajectory.directions.to(here), span, trajectory
@@ -389,13 +399,23 @@ class LossLandscape(Observer[LandscapeReport]):
         if self._directions == "init":
             here = operator.vector()
             return operator, self._path.points[0].to(here) - here, there_and_back
+        surface = self._surface_with_buffers(pl_module, probe, trainer)
+        *first, last = self._checkpoints
+        if first:
+            surface = surface.at(stored_weights(first[0], surface.params))
+        return surface, self._stored(last, surface) - surface.vector(), there_and_back
+
+    def _surface_with_buffers(
+        self, pl_module: pl.LightningModule, probe: Probe, trainer: pl.Trainer
+    ) -> LossSurface:
+        """Return the loss of parameters and running statistics, which go along to other weights."""
         terms = self.loss_terms(trainer, probe, self.parameter_names(pl_module))
         terms.pop("graphs")
-        here_too = terms["params"] | self._float_buffers(pl_module)
-        terms["params"] = here_too
-        there = stored_weights(self._directions, here_too)
-        surface = LossSurface(**terms)
-        return surface, surface.at(there).vector() - surface.vector(), there_and_back
+        terms["params"] |= self._float_buffers(pl_module)
+        return LossSurface(**terms)
+
+    def _stored(self, path: str, surface: LossSurface) -> Tensor:
+        return surface.at(stored_weights(path, surface.params)).vector()
 
     def _tensors_of_line(self, pl_module: pl.LightningModule) -> dict[str, Tensor]:
         params = dict(pl_module.named_parameters())
@@ -415,6 +435,23 @@ class LossLandscape(Observer[LandscapeReport]):
         if self._basin_rise is None:
             return None
         return basin_radius(operator, rise=self._basin_rise, generator=self._generator())
+
+
+def _paths_of(directions: object) -> tuple[str, ...]:
+    """Return the checkpoints among directions: none of those that have a name."""
+    if isinstance(directions, str):
+        return () if directions in _DIRECTIONS else (directions,)
+    if not isinstance(directions, Sequence) or not all(isinstance(p, str) for p in directions):
+        raise TypeError(
+            f"`directions` must be one of {', '.join(map(repr, _DIRECTIONS))}, the path of a "
+            f"checkpoint or a list of such paths, got {directions!r}."
+        )
+    if len(directions) < 2:
+        raise ValueError(
+            f"`directions` must be at least two checkpoints, got {list(directions)}. For the line "
+            "from here to one, write its path alone."
+        )
+    return tuple(directions)
 
 
 def _num_steps(trainer: pl.Trainer) -> int:

@@ -185,6 +185,59 @@ def test_a_line_ends_at_the_loss_of_a_checkpoint_with_its_running_statistics(tmp
     assert not torch.equal(here["net.1.running_mean"], stored["net.1.running_mean"])
 
 
+def test_between_two_checkpoints_and_on_the_plane_through_them(tmp_path):
+    module, loader = MODULES["classifier"]()
+    data, paths, stored = list(loader), [], []
+    for epoch in range(2):
+        trainer = train(module, loader, max_epochs=1)
+        paths.append(str(tmp_path / f"{epoch}.ckpt"))
+        trainer.save_checkpoint(paths[-1])
+        stored.append({k: v.clone() for k, v in module.state_dict().items()})
+    options = {
+        "num_batches": None, "data": data, "max_overhead": None, "loss_fn": cross_entropy_of
+    }  # fmt: skip
+    line = Measures("line", paths, resolution=3, name="line", **options)
+    plane = Measures("plane", paths, resolution=5, **options)
+    logger = CSVLogger(tmp_path)
+    train(module, loader, line, plane, max_epochs=1, logger=logger)
+    here = {k: v.clone() for k, v in module.state_dict().items()}
+    ends = []
+    for weights in stored:
+        module.load_state_dict(weights)
+        module.eval()
+        with torch.no_grad():
+            losses = torch.stack([cross_entropy_of(module, batch) for batch in data])
+            ends.append(float(losses.mean()))
+    assert line.report.picture.losses[[0, -1]].tolist() == pytest.approx(ends, rel=1e-6)
+    assert line.report.picture.positions.tolist() == [0, 0.5, 1]
+    found = plane.report.trajectory
+    assert float(found.explained.sum()) == pytest.approx(1.0)  # three points lie in a plane
+    names = [name for name, _ in module.named_parameters()]
+    names += [n for n, b in module.named_buffers() if b.is_floating_point() and n in here]
+    middle = torch.cat([here[name].flatten() for name in names])
+    for weights, place in zip([*stored, here], found.path, strict=True):
+        there = middle + place.float() @ found.directions.float()
+        truth = torch.cat([weights[name].flatten() for name in names])
+        torch.testing.assert_close(there, truth, rtol=1e-4, atol=1e-5)
+    assert plane.report.path_steps == ()
+    pictures = {path.name for path in Path(logger.log_dir).glob("*.png")}
+    assert pictures == {"optkit-landscape-picture.png", "optkit-landscape-line-picture.png"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "directions", "error", "message"),
+    [
+        ("plane", "a.ckpt", ValueError, "or give the paths of two checkpoints"),
+        ("line", ["a", "b", "c"], ValueError, "must be one or two checkpoints for a line, got 3"),
+        ("line", ["a"], ValueError, "must be at least two checkpoints"),
+        ("plane", ["a", 1], TypeError, "or a list of such paths"),
+    ],
+)
+def test_checkpoints_that_make_no_picture_are_refused(kind, directions, error, message):
+    with pytest.raises(error, match=message):
+        LossLandscape(kind, directions)
+
+
 def cross_entropy_of(module, batch):
     return torch.nn.functional.cross_entropy(module(batch[0]), batch[1])
 
