@@ -77,14 +77,14 @@ def loaders(num_samples: int) -> tuple[DataLoader, DataLoader]:
     return DataLoader(train, batch_size=64, shuffle=True), DataLoader(held_out, batch_size=397)
 
 
-def observers(every: int) -> list[Callback]:
+def observers(every: int, resolution: int) -> list[Callback]:
     """Return what looks. A run of seconds cannot pay for it; a real one keeps to 5 %."""
     return [
         HessianSpectrum(every_n_epochs=every, num_matvecs=60, num_probes=2, max_overhead=None),
         Stability(every_n_epochs=every, max_overhead=None),
         GradientMonitor(every_n_steps=20, max_overhead=None),
         Sharpness(every_n_epochs=2 * every, invariance_check=False, max_overhead=None),
-        LossLandscape(directions="trajectory", max_overhead=None),
+        LossLandscape(directions="trajectory", resolution=resolution, max_overhead=None),
     ]
 
 
@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=40, help="of each run")
     parser.add_argument("--samples", type=int, default=1400, help="images to train on")
     parser.add_argument("--every", type=int, default=2, help="epochs between spectra")
+    parser.add_argument("--resolution", type=int, default=25, help="points a side of landscapes")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="which")
     parser.add_argument("--out", type=Path, default=Path("optkit_logs"), help="folder of the logs")
     options = parser.parse_args()
@@ -115,7 +116,7 @@ def main() -> None:
             max_epochs=options.epochs,
             logger=TensorBoardLogger(options.out, name="tour", version=name),
             log_every_n_steps=5,
-            callbacks=[*interveners(), *observers(options.every)],
+            callbacks=[*interveners(), *observers(options.every, options.resolution)],
             enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=False,

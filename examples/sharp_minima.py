@@ -1,6 +1,6 @@
 """Small batches against large ones: how sharp are the minima that each finds?
 
-    python examples/sharp_minima.py [--seeds 4] [--target 0.02] [--data mnist.npz] [--out FOLDER]
+    python examples/sharp_minima.py [--seeds 2] [--target 0.02 | --epochs 40] [--data mnist.npz]
 
 Keskar et al. (2017) trained nets with Adam, once with small batches and once with batches of a
 tenth of the data, until both fitted it, and found the large-batch minima sharper. Here two nets
@@ -9,10 +9,12 @@ is below a target, and `Sharpness` measures all kinds at the end, on all trainin
 gives each kind for both batches and their ratio; the lines below it are computed from the ratios.
 
 With BatchNorm the size of a layer's weights has no part in what the net computes: absolute kinds
-then measure that size too, adaptive ones do not, and the two can order the minima differently.
+then measure that size too, adaptive ones do not, and the two can order minima differently: look at
+both. `--epochs 40` trains for equally many epochs in place of to an equal loss.
 
 `--data` takes MNIST in place of scikit-learn's digits, as arrays `train_x`, `train_y`, `test_x` and
-`test_y` in a file for `numpy.load`; the first 6,000 training images are used.
+`test_y` in a file for `numpy.load`; 6,000 training images are used, drawn at random: such files
+may be sorted by label.
 """
 
 import argparse
@@ -75,15 +77,16 @@ def load(path: Path | None) -> tuple[TensorDataset, TensorDataset]:
     with np.load(path) as arrays:
         found = []
         for part, number in (("train", 6000), ("test", 10000)):
-            images = torch.tensor(arrays[f"{part}_x"][:number], dtype=torch.float32)[:, None] / 255
-            labels = torch.tensor(arrays[f"{part}_y"][:number], dtype=torch.long)
+            order = np.random.default_rng(0).permutation(len(arrays[f"{part}_y"]))[:number]
+            images = torch.tensor(arrays[f"{part}_x"][order], dtype=torch.float32)[:, None] / 255
+            labels = torch.tensor(arrays[f"{part}_y"][order], dtype=torch.long)
             found.append(TensorDataset(avg_pool2d(images, 2).flatten(1), labels))
     return found[0], found[1]
 
 
 def measured(
     train: TensorDataset, test: TensorDataset, *, batch_size: int, batch_norm: bool, target: float,
-    seed: int,
+    epochs: int | None, seed: int,
 ) -> dict[str, float]:  # fmt: skip
     """Train a net and return its losses and its sharpness by kind."""
     torch.manual_seed(seed)
@@ -98,7 +101,8 @@ def measured(
         "training_loss", stopping_threshold=target, patience=1000, check_on_train_epoch_end=True
     )
     trainer = Trainer(
-        accelerator="cpu", max_epochs=1000, callbacks=[fitted, sharpness], logger=False,
+        accelerator="cpu", max_epochs=epochs or 1000,
+        callbacks=[sharpness] if epochs else [fitted, sharpness], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(net, loader)
@@ -179,8 +183,9 @@ def picture(found: dict[tuple[bool, bool], list[dict[str, float]]], title: str) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=4, help="how often to repeat the study")
+    parser.add_argument("--seeds", type=int, default=2, help="how often to repeat the study")
     parser.add_argument("--target", type=float, default=0.02, help="loss to train to")
+    parser.add_argument("--epochs", type=int, help="train for so many, whatever the loss")
     parser.add_argument("--data", type=Path, help="MNIST, in place of scikit-learn's digits")
     parser.add_argument("--out", type=Path, default=Path("optkit_logs"), help="folder to write to")
     options = parser.parse_args()
@@ -201,6 +206,7 @@ def main() -> None:
                 batch_size=large if is_large else SMALL,
                 batch_norm=batch_norm,
                 target=options.target,
+                epochs=options.epochs,
                 seed=seed,
             )
             for seed in range(options.seeds)

@@ -11,10 +11,10 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 # What these print is looked at: below, and of the escape in tests/callbacks/test_saddle_escape.py.
 READ = {"minimum_ratio", "mixup", "saddle_escape", "swa_vs_sgd", "without_lightning"}
 FASTER = {  # what a study leaves out to be an example
-    "board_tour": ["--epochs", "2", "--samples", "128", "--runs", "steady", "mixed"],
+    "board_tour": ["--epochs", "2", "--samples", "64", "--resolution", "5", "--runs", "mixed"],
     "large_batch": ["--seeds", "2", "--epochs", "6", "--samples", "400"],
     "norm_swap": ["--epochs", "1", "--samples", "200"],
-    "sharp_minima": ["--seeds", "2", "--target", "1.0"],
+    "sharp_minima": ["--seeds", "2", "--epochs", "1"],
     "warmup": ["--length", "0.2"],
 }
 

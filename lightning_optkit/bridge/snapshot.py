@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import random
 import types
 from collections import deque
@@ -112,24 +113,26 @@ def _nothing() -> None:
 
 def _dict(item: dict[Any, Any]) -> tuple[Restore, Iterable[object]]:
     saved = dict(item)
+    keys, values = list(saved), list(saved.values())
 
-    def restore() -> None:
-        same = len(item) == len(saved) and all(
-            k0 is k1 and v0 is v1
-            for (k0, v0), (k1, v1) in zip(item.items(), saved.items(), strict=True)
-        )
-        if not same:
-            item.clear()
-            item.update(saved)
+    def restore() -> None:  # a net has a thousand dicts, and each loss of a plane comes here
+        if len(item) == len(keys) and _same(item, keys) and _same(item.values(), values):
+            return
+        item.clear()
+        item.update(saved)
 
-    return restore, saved.values()
+    return restore, values
+
+
+def _same(items: Iterable[object], saved: Iterable[object]) -> bool:
+    return all(map(operator.is_, items, saved))
 
 
 def _sequence(item: list[Any] | deque[Any]) -> tuple[Restore, Iterable[object]]:
     saved = list(item)
 
     def restore() -> None:
-        if len(item) != len(saved) or any(a is not b for a, b in zip(item, saved, strict=True)):
+        if len(item) != len(saved) or not _same(item, saved):
             item.clear()
             item.extend(saved)
 

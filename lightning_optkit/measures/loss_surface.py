@@ -150,9 +150,9 @@ class LossSurface:
 
     def _own_value(self, offset: Tensor | None) -> Tensor:
         params = {name: p.detach() for name, p in self._params.items()}
-        if offset is not None:
-            pieces = split(offset, params)
-            params = {name: p + d for (name, p), d in zip(params.items(), pieces, strict=True)}
+        if offset is not None:  # one addition, whose pieces the parameters are
+            pieces = split(self.vector() + offset, params)
+            params = dict(zip(params, pieces, strict=True))
         total = torch.zeros((), dtype=self.dtype, device=self.device)
         with full_precision(self.device.type), torch.no_grad():
             for loss_fn, weight in zip(self._loss_fns, self._weights, strict=True):
