@@ -27,6 +27,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
@@ -173,6 +174,9 @@ def picture(found: dict[tuple[bool, bool], list[dict[str, float]]], title: str) 
     axes.axhline(1, color="black", linewidth=0.8)
     axes.axvline(len(ABSOLUTE) - 0.5, color="black", linewidth=0.8, linestyle=":")
     axes.set_yscale("log")
+    ticks = [0.25, 0.5, 1, 2, 4, 8]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xticks(range(len(KINDS)), [kind.replace("_", "\n") for kind in KINDS])
     axes.set_ylabel("large batch / small batch")
     axes.set_title(title, fontsize=10)

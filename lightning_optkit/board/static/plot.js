@@ -58,6 +58,12 @@ export class Plot {
     return this.frame ? this.bottom - this.frame.y.share(value) * (this.bottom - TOP) : 0;
   }
 
+  /** @param {number} x whether the plot shows so far */
+  isInside(x) {
+    const share = this.frame?.x.share(x) ?? -1;
+    return share >= -1e-9 && share <= 1 + 1e-9;
+  }
+
   get innerWidth() {
     return Math.max(1, this.width - this.left - RIGHT);
   }

@@ -114,7 +114,7 @@ export class TimePanel extends Panel {
       paintCursor(context, plot, this.store);
       for (const one of this.lines) {
         const i = nearest(one.x, cursor);
-        if (i >= 0 && plot.px(one.x[i]) >= plot.left) paintPoint(context, plot, one, i);
+        if (i >= 0 && plot.isInside(one.x[i])) paintPoint(context, plot, one, i);
       }
     });
     const at = (/** @type {Line} */ one, /** @type {number} */ place) => {
