@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader
 
-from lightning_optkit import Sharpness
+from lightning_optkit import LossLandscape, Sharpness
 from lightning_optkit.board.tags import SHARPNESS_SCALARS
 from lightning_optkit.measures import HessianOperator
 from lightning_optkit.measures.sharpness import (
@@ -208,6 +208,30 @@ def test_a_layer_without_a_second_derivative_leaves_out_lambda_max_alone():
     found = logged(train(Net().double(), autoencoder()[1], quick(kinds=("ball",))))
     assert found["ball"] > 0
     assert "lambda_max" not in found
+
+
+@pytest.mark.parametrize("at", [2, 9, 40])  # in different searches, all with weights far away
+@pytest.mark.parametrize("make", [quick, lambda **o: LossLandscape(resolution=7, **o)])
+def test_an_error_amid_a_measurement_leaves_the_weights(make, at):
+    calls = []
+
+    def breaks(module, batch):
+        calls.append(0)
+        if len(calls) >= at:
+            raise RuntimeError("out of something")
+        x = batch["image"].flatten(1)
+        return mse_loss(module.net(x), x)
+
+    weights = []
+    for observers in ([], [make(loss_fn=breaks, num_batches=2, max_overhead=None)]):
+        module, loader = autoencoder()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(module, loader, *observers)
+        weights.append({k: v.clone() for k, v in module.state_dict().items()})
+    assert len(calls) >= at
+    assert "out of something" in str([str(w.message) for w in caught])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_a_loss_that_is_nan_warns_once_and_training_goes_on():
