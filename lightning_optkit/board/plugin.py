@@ -87,14 +87,13 @@ class OptkitPlugin(base_plugin.TBPlugin):
             for file in sorted(STATIC.rglob("*"))
             if file.suffix in _TYPES
         }
-        data = {
-            "/about": self._about,
-            "/runs": self._runs,
-            "/scalars": self._scalars,
-            "/array": self._array,
-            "/alerts": self._alerts,
-        }
-        return pages | {route: _answer(function) for route, function in data.items()}
+        texts = {"/about": self._about, "/runs": self._runs, "/alerts": self._alerts}
+        numbers = {"/scalars": self._scalars, "/array": self._array}
+        return (
+            pages
+            | {route: _answer(f, "application/json") for route, f in texts.items()}
+            | {route: _answer(f, "application/octet-stream") for route, f in numbers.items()}
+        )
 
     # -- routes -----------------------------------------------------------------------------------
 
@@ -149,7 +148,7 @@ def _page(file: Path) -> Callable[..., Any]:
     return serve
 
 
-def _answer(function: Callable[[Request], bytes]) -> Callable[..., Any]:
+def _answer(function: Callable[[Request], bytes], content_type: str) -> Callable[..., Any]:
     """Return what answers with the function's bytes, or says what is wrong in one line of text."""
 
     @Request.application
@@ -161,7 +160,7 @@ def _answer(function: Callable[[Request], bytes]) -> Callable[..., Any]:
         except Exception as error:
             _log.exception("lightning-optkit could not answer %s", request.path)
             return _respond(request, f"{type(error).__name__}: {error}", code=500)
-        response: Response = Respond(request, content, "application/octet-stream")
+        response: Response = Respond(request, content, content_type)
         return response
 
     return serve

@@ -444,16 +444,18 @@ RULES: tuple[Rule, ...] = (
 def _share_of_units(
     evidence: Evidence, name: str, title: str, what: str, advice: str
 ) -> Alert | None:
-    found = evidence.last(tags.GRADIENT, name)
-    if found is None or found[1] < 0.5:
+    found, series = evidence.last(tags.GRADIENT, name), evidence.series(tags.GRADIENT, name)
+    if found is None or series is None or found[1] < 0.5:
         return None
+    finite = series.values[np.isfinite(series.values)]
+    seen = int(np.argmin(np.append(finite[::-1] >= 0.5, False)))  # at so many points on end
     return Alert(
         "critical" if found[1] > 0.9 else "warning",
         f"{name}_units",
         title,
-        f"{found[1]:.0%} {what}.",
+        f"{found[1]:.0%} {what}; half or more at the last {seen} point{'s' * (seen > 1)}.",
         advice,
-        "likely",
+        "likely" if seen >= _IN_A_ROW else "hint",
         found[0],
         (tags.tag(tags.GRADIENT, name),),
     )

@@ -149,7 +149,7 @@ def test_keys_move_pin_and_switch(opened, report):
     wait(lambda: "steady λmax 1 [0.95, 1.05]" in readout(page))
     page.keyboard.press("ArrowRight")
     wait(lambda: "steady λmax 1.1 [1.05, 1.15]" in readout(page))
-    assert page.locator("[aria-live]").inner_text() == "step 10"
+    wait(lambda: page.locator("[aria-live]").inner_text() == "step 10")
     page.keyboard.press("p")
     page.keyboard.press("Shift+ArrowRight")
     wait(lambda: "steady λmax 1.1 [1.05, 1.15] → 2.1 [2.05, 2.15]" in readout(page))
@@ -163,7 +163,7 @@ def test_keys_move_pin_and_switch(opened, report):
     wait(lambda: page.get_by_role("button", name="ridges").get_attribute("aria-pressed") == "true")
     wait(lambda: num_colors(page.locator("#spectrum")) > 3)
     page.locator("#extremes select").first.focus()
-    page.keyboard.press("Home")  # of the choice, not of the run
+    page.keyboard.press("End")  # of the choice, not of the run
     wait(lambda: '"extremes.scale"' in page.evaluate("decodeURIComponent(location.hash)"))
 
 
@@ -191,6 +191,17 @@ def test_a_link_that_was_cut_or_forged_shows_the_page_as_it_begins(opened, repor
     for text in ("%7B%22at", "%7B%22at%22%3A%22x%22%2C%22off%22%3A5%7D", "null", "%ff"):
         page = in_report(opened(f"{report}#optkit={text}"))
         wait(lambda page=page: "steady λmax 2.9" in readout(page))
+
+
+def test_a_report_in_a_frame_of_others_is_no_blank_page(opened, report, tmp_path):
+    (tmp_path / "frame.html").write_text(
+        f'<iframe sandbox="allow-scripts" src="{report}"></iframe>'
+    )
+    page = opened(f"file://{tmp_path}/frame.html")
+    frame = page.frame_locator("iframe")
+    frame.locator("#extremes canvas").first.wait_for()
+    frame.locator("#extremes .plot").press("Home")
+    wait(lambda: "steady λmax 1 [0.95, 1.05]" in readout(frame))
 
 
 def test_runs_are_switched_off_on_and_alone(opened, report):

@@ -40,7 +40,7 @@ export async function start(source) {
   const spoken = element("div", { class: "quiet", "aria-live": "polite" });
   const footer = element("footer");
   document.body.append(toolbar.root, main, spoken, footer);
-  const drawn = performance.now();
+  const opened = performance.now();
   store.listeners.push((what) => {
     const began = performance.now();
     toolbar.update(what);
@@ -56,13 +56,18 @@ export async function start(source) {
   document.addEventListener("keydown", (event) => {
     if (onKey(store, event)) {
       event.preventDefault();
-      spoken.textContent = `${store.view.axis} ${format(store.cursor)}`;
+      const values = document.activeElement?.closest(".plot")?.parentElement?.parentElement?.querySelector(".readout");
+      setTimeout(() => (spoken.textContent = `${store.view.axis} ${format(store.cursor)} ${values?.textContent ?? ""}`.trim()), 50);
     }
   });
   await store.refresh();
-  performance.measure("optkit-first-data", { start: drawn, end: performance.now() });
+  performance.measure("optkit-first-data", { start: opened, end: performance.now() });
   if (!source.isLive) return;
-  setInterval(() => document.hidden || store.refresh(), PERIOD);
+  document.documentElement.addEventListener("pointerenter", () => window.focus()); // for the keys
+  for (;;) { // the next look begins when this one is over
+    await new Promise((resolve) => setTimeout(resolve, PERIOD));
+    if (!document.hidden) await store.refresh();
+  }
 }
 
 /** Runs as chips, and what holds for all panels. */
@@ -95,6 +100,7 @@ class Toolbar {
     const pinned = pin === null ? "" : `${format(pin)} → `;
     this.place.textContent = store.shown.length ? `${axis} ${pinned}${format(store.cursor)}` : "";
     this.pin.setAttribute("aria-pressed", String(pin !== null));
+    this.pin.textContent = pin === null ? "pin" : "unpin";
     if (what === "cursor") return;
     this.axis.setAttribute("aria-pressed", String(axis === "epoch"));
     this.ridge.setAttribute("aria-pressed", String(ridge));
@@ -108,7 +114,7 @@ class Toolbar {
     const { store } = this;
     const circle = element("i");
     circle.style.background = colorOf(run);
-    const chip = element("button", { type: "button", class: "chip", title: run.name, "aria-pressed": String(store.isOn(run.name)) }, circle, element("span", {}, run.name));
+    const chip = element("button", { type: "button", class: "chip", title: `${run.name} (with Alt: this one alone)`, "aria-pressed": String(store.isOn(run.name)) }, circle, element("span", {}, run.name));
     chip.dataset.run = run.name;
     chip.addEventListener("click", async (event) => {
       const others = store.runs.map(({ name }) => name).filter((name) => name !== run.name);
@@ -168,12 +174,9 @@ function onKey(store, event) {
 /** Where anything was measured, for the arrow keys: spectra, or what there is.
  * @param {Store} store */
 function measuredPlaces(store) {
-  const all = (/** @type {string} */ topic) => store.shown.flatMap((run) =>
+  const placesOf = (/** @type {string} */ topic) => store.shown.flatMap((run) =>
     [...(run.topics.get(topic)?.values() ?? [])].flatMap((names) =>
       [...names.values()].slice(0, 3).flatMap(({ steps }) => [...store.places(run, steps)])));
-  for (const topic of ["optkit-hessian", "optkit-stability", "optkit-sharpness", "optkit-gradient", ...store.about.topics.map(({ name }) => name)]) {
-    const found = all(topic);
-    if (found.length) return [...new Set(found)].sort((a, b) => a - b);
-  }
-  return [];
+  const found = store.about.topics.map(({ name }) => placesOf(name)).find((places) => places.length);
+  return [...new Set(found ?? [])].sort((a, b) => a - b);
 }

@@ -5,6 +5,7 @@ import { arrayAt } from "./payload.js";
 /** @typedef {import("./payload.js").Series} Series */
 
 const WIDEST = 0.3; // of a Gaussian, in units of the axis: an eighth of a decade
+const MANY = 1.001e-3; // a larger share is no single eigenvalue: below 1,000 parameters all are known
 
 /**
  * Places on the axis of eigenvalues: asinh(λ / linear), which is linear near zero and counts
@@ -31,7 +32,7 @@ export function makeGrid(low, high, linear, count) {
  * Each Ritz value θ stands for the eigenvalues between its neighbours: its weight w is spread by a
  * Gaussian as wide as they are apart, times `bandwidth`. A fixed width would show single Ritz
  * values where they are apart, as a ringing that no eigenvalue makes. One that stands alone is an
- * eigenvalue that has converged, and stays narrow.
+ * eigenvalue that has converged, and stays narrow; one that stands for many may be twice as wide.
  * @param {Series} series of quadratures, `(probes, nodes, 2)`
  * @param {number} index of the measured point
  * @param {Grid} grid
@@ -50,11 +51,13 @@ export function densityAt(series, index, grid, bandwidth) {
       if (values[at + 1] > 0) rule.push({ u: Math.asinh(values[at] / grid.linear), w: values[at + 1] });
     }
     rule.sort((a, b) => a.u - b.u);
+    const least = Math.min(...rule.map(({ w }) => w));
     rule.forEach(({ u, w }, i) => {
       const below = rule[Math.max(0, i - 1)].u;
       const above = rule[Math.min(rule.length - 1, i + 1)].u;
       const apart = (above - below) / (i && i < rule.length - 1 ? 2 : 1);
-      const width = Math.max(spacing, bandwidth * Math.min(apart, WIDEST));
+      const widest = w > Math.max(MANY, 1.5 * least) ? 2 * WIDEST : WIDEST;
+      const width = Math.max(spacing, bandwidth * Math.min(apart, widest));
       spread(density, grid, u, width, (w / probes) * Math.LN10);
     });
   }

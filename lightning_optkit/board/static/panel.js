@@ -179,7 +179,7 @@ export class Panel {
   /**
    * @param {string} fallback
    * @param {string} [key]
-   * @param {Record<string, string>} [choices]
+   * @param {Record<string, unknown>} [choices]
    */
   picked(fallback, key = this.spec.id, choices) {
     const value = this.store.view.picks[key] ?? fallback;

@@ -15,7 +15,6 @@
  * @typedef {{name: string, series: Map<string, Series>, problems: Problem[]}} Decoded
  */
 
-const MAGIC = "OPTK";
 export const FORMAT = 1;
 
 /**
@@ -25,7 +24,7 @@ export const FORMAT = 1;
 export function decode(buffer) {
   const head = new DataView(buffer);
   const magic = String.fromCharCode(...new Uint8Array(buffer, 0, 4));
-  if (magic !== MAGIC) throw new Error("The server sent something that is not a run.");
+  if (magic !== "OPTK") throw new Error("The server sent something that is not a run.");
   const length = head.getUint32(4, true);
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, length)));
   if (header.version !== FORMAT) {

@@ -1,6 +1,7 @@
 /** What is known and what is looked at: runs, their data, and the view that a link restores. */
 
 import { decode, nearest } from "./payload.js";
+import { extent } from "./scale.js";
 import { runColor } from "./theme.js";
 
 /** @typedef {import("./payload.js").Series} Series */
@@ -55,6 +56,8 @@ export class Store {
     this.error = "";
     /** @type {Map<string, {series: Series|null, error: string, stamp: string}>} */
     this.arrays = new Map();
+    /** @type {Promise<void>} */
+    this.reading = Promise.resolve();
     /** @type {WeakMap<Float64Array, {of: [number, number][], places: Float64Array}>} */
     this.epochs = new WeakMap();
     /** @type {((what: "data"|"view"|"cursor") => void)[]} */
@@ -82,8 +85,13 @@ export class Store {
     this.tell(Object.keys(change).every((key) => key === "at") ? "cursor" : "view");
   }
 
+  /** Reads what is new, after what is being read now. */
+  refresh() {
+    return (this.reading = this.reading.then(() => this.readNew()));
+  }
+
   /** Reads what is new, and says so as it comes. */
-  async refresh() {
+  async readNew() {
     try {
       if (!this.about.topics.length) this.about = await this.source.about();
       const listed = await this.source.runs();
@@ -187,7 +195,8 @@ export class Store {
         this.tell("data");
       },
       (error) => {
-        run.problems = [...run.problems, { tag, step: null, message: String(error.message ?? error) }];
+        const others = run.problems.filter((problem) => problem.tag !== tag);
+        run.problems = [...others, { tag, step: null, message: String(error.message ?? error) }];
         this.tell("data");
       },
     );
@@ -211,19 +220,12 @@ export class Store {
   /** Ends of the time axis: all that is shown, or what was zoomed into. */
   get timeRange() {
     if (this.view.zoom) return this.view.zoom;
-    let [low, high] = [Infinity, -Infinity];
-    for (const run of this.shown) {
-      for (const names of run.topics.values()) {
-        for (const instance of names.values()) {
-          for (const { steps } of instance.values()) {
-            if (!steps.length) continue;
-            const ends = this.places(run, Float64Array.of(steps[0], steps[steps.length - 1]));
-            if (Number.isFinite(ends[0])) [low, high] = [Math.min(low, ends[0]), Math.max(high, ends[1])];
-          }
-        }
-      }
-    }
-    return /** @type {[number, number]} */ (low < high ? [low, high] : Number.isFinite(low) ? [low, low + 1] : [0, 1]);
+    const series = (/** @type {Run} */ run) => [...run.topics.values()].flatMap((instances) =>
+      [...instances.values()].flatMap((names) => [...names.values()].filter(({ steps }) => steps.length)));
+    const ends = this.shown.flatMap((run) => series(run).map(({ steps }) =>
+      this.places(run, Float64Array.of(steps[0], steps[steps.length - 1]))));
+    const [low, high] = extent(ends) ?? [0, 1];
+    return /** @type {[number, number]} */ ([low, low < high ? high : low + 1]);
   }
 
   /** Where the cursor is on the time axis. */
@@ -302,9 +304,13 @@ export function epochOf(run, step) {
   return Math.max(0, e0 + ((step - s0) / (s1 - s0)) * (e1 - e0));
 }
 
-/** TensorBoard keeps what it does not know in the address of its own page. */
+/** TensorBoard keeps what it does not know in the address of its own page; a frame of others is theirs. */
 function address() {
-  return window.parent === window ? window : window.parent;
+  try {
+    return window.parent.location.hash === undefined ? window : window.parent;
+  } catch {
+    return window;
+  }
 }
 
 function readView() {
@@ -321,7 +327,7 @@ function readView() {
     if (isNumber(given.bandwidth)) view.bandwidth = Math.min(Math.max(given.bandwidth, 0.2), 5);
     view.ridge = given.ridge === true;
     if (Array.isArray(given.off)) view.off = given.off.filter((/** @type {unknown} */ v) => typeof v === "string");
-    if (Array.isArray(given.zoom) && given.zoom.length === 2 && given.zoom.every(isNumber)) view.zoom = given.zoom;
+    if (Array.isArray(given.zoom) && given.zoom.every(isNumber) && given.zoom[0] < given.zoom[1]) view.zoom = given.zoom;
     for (const [key, value] of Object.entries(given.picks ?? {})) if (typeof value === "string") view.picks[key] = value;
   } catch {
     return firstView(); // a link that was cut short shows the page as it begins

@@ -36,8 +36,8 @@ export function runColor(index) {
  * @param {(dark: boolean) => void} tell
  */
 export function watchDark(tell) {
-  const outside = window.parent !== window ? window.parent.document.body : null;
-  if (outside) {
+  const outside = window.parent !== window && window.frameElement ? window.parent.document.body : null;
+  if (outside) { // of one origin with us: else there is no frame element
     const look = () => tell(outside.classList.contains("dark-mode"));
     new MutationObserver(look).observe(outside, { attributes: true, attributeFilter: ["class"] });
     look();

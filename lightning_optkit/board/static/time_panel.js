@@ -268,10 +268,12 @@ export function paintCursor(context, plot, store) {
  * @param {CanvasRenderingContext2D} context
  * @param {Plot} plot
  * @param {Store} store
+ * @param {Run} [only] of this run alone
  */
-export function paintEvents(context, plot, store) {
+export function paintEvents(context, plot, store, only) {
   context.lineWidth = 1;
   for (const { run, steps } of eventsOf(store)) {
+    if (only && run !== only) continue;
     context.strokeStyle = context.fillStyle = colorOf(run);
     for (const place of store.places(run, steps)) {
       const at = plot.px(place);

@@ -6,7 +6,7 @@ import { linesOf, TimePanel } from "../time_panel.js";
 export const extremes = (store) => new TimePanel(store, {
   id: "extremes", title: "λmax, λmin and the stability threshold", topic: "optkit-stability",
   help: "Above the dashed threshold a step along the sharpest direction grows. λmax as the optimizer scales it, with its error.",
-  scale: "symlog", yLabel: "eigenvalue",
+  zero: true, yLabel: "eigenvalue",
   lines: () => {
     const preconditioned = linesOf(store, "optkit-stability", "lambda_max", { label: "λmax", error: "lambda_max_error" });
     const plain = linesOf(store, "optkit-hessian", "lambda_max", { label: "λmax" });

@@ -48,7 +48,7 @@ export class Layers extends Panel {
     const { store } = this;
     this.setEmpty(!Object.values(QUANTITIES).some(([, topic, array]) => store.tracks(topic, array).length));
     if (this.isEmpty) return this.note();
-    const [, topic, array, column, namesTag, isLog] = QUANTITIES[this.picked("trust", this.spec.id, labelsOf())];
+    const [, topic, array, column, namesTag, isLog] = QUANTITIES[this.picked("trust", this.spec.id, QUANTITIES)];
     const tracks = store.arrayTracks(topic, array, MOST);
     const all = store.tracks(topic, array).length;
     this.grids = tracks.map((track) => {
@@ -90,7 +90,7 @@ export class Layers extends Panel {
     const values = this.grids.map(({ names, x, value }) => names.flatMap((_, row) => Array.from(x, (_, i) => value(row, i))));
     const range = extent(values, isLog) ?? [0, 1];
     const shade = makeScale(isLog ? "log" : "linear", range[0], range[1]);
-    this.grids.forEach(({ names, x, value }, k) => {
+    this.grids.forEach(({ track, names, x, value }, k) => {
       const plot = this.plots[k];
       plot.draw({
         ...timeAxis(this.store),
@@ -108,7 +108,7 @@ export class Layers extends Panel {
               context.fillRect(from, plot.top + row * height, to - from + 0.5, height - (height > 6 ? 1 : 0));
             });
           });
-          paintEvents(context, plot, this.store);
+          paintEvents(context, plot, this.store, track.run);
         },
       });
     });
@@ -139,10 +139,6 @@ export class Layers extends Panel {
     }
     return rows;
   }
-}
-
-function labelsOf() {
-  return Object.fromEntries(Object.keys(QUANTITIES).map((key) => [key, key]));
 }
 
 /**

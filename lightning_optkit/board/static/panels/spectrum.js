@@ -61,10 +61,8 @@ export class Spectrum extends Panel {
     this.drawn = key;
     for (const picture of this.pictures) {
       const { series } = picture.track;
-      for (let i = picture.columns.length; i < series.steps.length; i++) {
-        picture.columns.push(null); // made when it is first drawn
-      }
-      const column = (/** @type {number} */ i) => (picture.columns[i] ??= densityAt(series, i, grid, bandwidth));
+      const column = (/** @type {number} */ i) => // made when it is first drawn
+        (picture.columns[i] ??= densityAt(series, i, grid, bandwidth));
       picture.x = store.places(picture.track.run, series.steps);
       if (ridge) this.ridges(picture, column, range);
       else this.heatmap(picture, column, range);
@@ -112,7 +110,7 @@ export class Spectrum extends Panel {
         context.imageSmoothingEnabled = false;
         if (image) context.drawImage(image, plot.left, plot.top, plot.innerWidth, plot.innerHeight);
         this.threshold(context, picture);
-        paintEvents(context, plot, this.store);
+        paintEvents(context, plot, this.store, track.run);
       },
     });
     plot.describe(`Spectrum of ${track.label} over ${this.store.view.axis}s, ${track.series.steps.length} measured points.`);

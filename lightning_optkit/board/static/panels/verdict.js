@@ -33,6 +33,8 @@ export class Verdict extends Panel {
       ...(store.error ? [element("p", { class: "note problem", role: "alert" }, store.error)] : []),
       ...store.runs.filter((run) => run.error).map((run) =>
         element("p", { class: "note problem" }, `${run.name} could not be read: ${run.error}`)),
+      ...store.shown.filter((run) => store.view.axis === "epoch" && run.epochs.length < 2).map((run) =>
+        element("p", { class: "note" }, `${run.name} has logged no two epochs: it is shown over steps alone.`)),
       ...store.shown.flatMap((run) => run.problems.filter(({ tag }) => !tag.startsWith("optkit-")).map(({ message }) =>
         element("p", { class: "note problem" }, `${run.name}: ${message}`))),
     );
