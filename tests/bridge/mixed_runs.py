@@ -84,6 +84,8 @@ class Busy(Net):
 class FakeTrainer(SimpleNamespace):
     """As much of a Trainer as a step asks for."""
 
+    __hash__ = object.__hash__  # reports are kept by Trainer
+
     def __init__(self, *, epoch=0, batch_idx=0, rank=None):
         super().__init__(
             training=True,

@@ -26,6 +26,12 @@ from tests.modules import MODULES, image_loader, images
 AT_ONCE = {"relax_from": 0, "r_max_at": 0, "d_max_at": 0}
 
 
+class FakeTrainer(SimpleNamespace):
+    """As much of a Trainer as a set-up asks for."""
+
+    __hash__ = object.__hash__  # reports are kept by Trainer
+
+
 class Net(pl.LightningModule):
     """A small classifier that says when it makes its layers."""
 
@@ -537,8 +543,9 @@ def test_settings_that_make_no_sense_are_refused(options, error, text):
 )
 def test_trainers_that_would_undo_it_are_refused(target, synchronises, world_size, device, text):
     swap, module = NormSwap("batch", target), Net()
-    trainer = SimpleNamespace(
+    trainer = FakeTrainer(
         callbacks=[swap],
+        loggers=[],
         world_size=world_size,
         strategy=SimpleNamespace(
             _layer_sync=object() if synchronises else None, root_device=torch.device(device)

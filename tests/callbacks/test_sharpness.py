@@ -210,7 +210,7 @@ def test_a_layer_without_a_second_derivative_leaves_out_lambda_max_alone():
     assert "lambda_max" not in found
 
 
-@pytest.mark.parametrize("at", [2, 9, 40])  # in different searches, all with weights far away
+@pytest.mark.parametrize("at", [9, 40])  # in different searches, with weights far away
 @pytest.mark.parametrize("make", [quick, lambda **o: LossLandscape(resolution=7, **o)])
 def test_an_error_amid_a_measurement_leaves_the_weights(make, at):
     calls = []
