@@ -237,8 +237,12 @@ def _report(options: argparse.Namespace) -> int:
         print(json.dumps(json_report(runs), allow_nan=False))
         return 0
     out = Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(html_report(runs, max_points=options.max_points), encoding="utf-8")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(html_report(runs, max_points=options.max_points), encoding="utf-8")
+    except OSError as error:
+        print(f"`--out` must be a file that can be written, got {out}: {error}", file=sys.stderr)
+        return 2
     print(f"{out}: {len(runs)} run{'s' * (len(runs) != 1)}, {out.stat().st_size / 1e6:.2f} MB")
     return 0
 

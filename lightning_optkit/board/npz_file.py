@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_optkit.board.payload import padded
+from lightning_optkit.board.payload import padded, text_of
 from lightning_optkit.board.runs import ArraySeries, Problem, Run, Series
 from lightning_optkit.board.schema import VERSION, check_array
 
@@ -114,7 +114,7 @@ def _entries(tag: str, series: Series | ArraySeries, values: Numbers) -> dict[st
 def _table(tag: str, arrays: tuple[Numbers, ...]) -> Numbers:
     if not any(array.dtype.kind in "OSU" for array in arrays):
         return padded(tag, arrays)
-    rows = [[_text(name) for name in array.reshape(-1)] for array in arrays]
+    rows = [[text_of(name) for name in array.reshape(-1)] for array in arrays]
     width = max(map(len, rows))
     return np.array([row + [""] * (width - len(row)) for row in rows], dtype=np.str_)
 
@@ -123,7 +123,3 @@ def _row(row: Numbers) -> Numbers:
     if row.dtype.kind != "U":
         return row
     return np.array([str(name).encode("utf-8", "replace") for name in row if name], dtype=object)
-
-
-def _text(name: object) -> str:
-    return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)

@@ -38,7 +38,7 @@ import numpy as np
 from lightning_optkit.board.runs import ArraySeries, Problem, Run, Series
 from lightning_optkit.board.tags import QUADRATURE
 
-__all__ = ["FORMAT", "decode_run", "encode_run", "padded", "thinned"]
+__all__ = ["FORMAT", "decode_run", "encode_run", "padded", "text_of", "thinned"]
 
 FORMAT = 1
 """Version of these bytes."""
@@ -198,13 +198,14 @@ def _changes(series: ArraySeries) -> list[tuple[int, list[str]]]:
     """Return names at the steps from which they hold."""
     found: list[tuple[int, list[str]]] = []
     for step, array in zip(series.steps.tolist(), series.arrays, strict=True):
-        names = [_text(name) for name in array.reshape(-1)]
+        names = [text_of(name) for name in array.reshape(-1)]
         if not found or found[-1][1] != names:
             found.append((step, names))
     return found
 
 
-def _text(name: object) -> str:
+def text_of(name: object) -> str:
+    """Return a name as text, of bytes or of text; what is no UTF-8 is marked."""
     return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
 
 

@@ -104,6 +104,12 @@ def test_nothing_to_read_is_told(command, tmp_path, capsys):
         read_folders([tmp_path])
 
 
+def test_an_output_that_cannot_be_written_is_told(tmp_path, capsys):
+    record(tmp_path / "run")
+    assert main(["report", str(tmp_path), "-o", str(tmp_path)]) == 2  # a folder
+    assert "`--out` must be a file that can be written" in capsys.readouterr().err
+
+
 # -- summary ---------------------------------------------------------------------------------------
 
 
