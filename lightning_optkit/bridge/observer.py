@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import Logger
 
 from lightning_optkit.bridge.cadence import Cadence, logger_step
 from lightning_optkit.bridge.measuring import MeasuringCallback, buffers_of_rank_zero
@@ -39,6 +40,7 @@ class Observer(MeasuringCallback, ABC, Generic[Result]):
         super().__init__(topic=topic, **settings)
         self._cadence = cadence
         self._latest: tuple[int, Result] | None = None  # for the figure at the end
+        self._under_way: tuple[int, list[Logger]] = 0, []  # step and loggers of a measurement
 
     @abstractmethod
     def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, probe: Probe) -> Result:
@@ -55,6 +57,16 @@ class Observer(MeasuringCallback, ABC, Generic[Result]):
     def figures(self, result: Result) -> dict[str, Figure]:
         """Return the figures to draw at the end of training, by name within the topic."""
         return {}
+
+    def report_early(self, trainer: pl.Trainer, result: Result) -> None:
+        """Report the arrays of a measurement under way, in whose place those of the whole come."""
+        step, loggers = self._under_way
+        muted, trainer.loggers = trainer.loggers, loggers
+        try:
+            with self._warning_once(step):  # on rank zero only: others must not wait for it
+                report(trainer, step=step, arrays=self._tagged(self.arrays(result)))
+        finally:
+            trainer.loggers = muted
 
     # -- hooks ----------------------------------------------------------------------------------
 
@@ -98,6 +110,7 @@ class Observer(MeasuringCallback, ABC, Generic[Result]):
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         started = time.monotonic()
+        self._under_way = step, trainer.loggers
         with self._cadence.measuring(step), self._warning_once(step):
             with buffers_of_rank_zero(trainer, pl_module), self._probe(trainer, pl_module) as probe:
                 result = self.measure(trainer, pl_module, probe)

@@ -9,6 +9,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -26,8 +27,8 @@ Restore = Callable[[], None]
 # muted by the probe instead. Modules, samplers and generators are the exceptions.
 _FOREIGN = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "builtins", "threading")
 
-
 _DATA = (torch.utils.data.Dataset, pl.LightningDataModule)
+_TOGETHER = 100  # dicts: a step that changes one has these looked at singly
 
 
 class Snapshot:
@@ -41,24 +42,31 @@ class Snapshot:
     Args:
         roots: where to start; ``None`` is passed over.
         max_items: follow datasets too, but no tensor or container with more items than this.
+        skip: objects that are neither remembered nor followed.
     """
 
-    def __init__(self, *roots: object, max_items: int | None = None) -> None:
+    def __init__(
+        self, *roots: object, max_items: int | None = None, skip: Iterable[object] = ()
+    ) -> None:
         self._max_items = max_items
         self._restores: list[Restore] = []
-        self._keep: list[object] = []  # an id is only unique while its object is alive
-        seen: set[int] = set()
+        self._keep: list[object] = list(skip)  # an id is only unique while its object is alive
+        seen = set(map(id, self._keep))
         waiting: list[object] = list(roots)
+        dicts: list[dict[Any, Any]] = []
         while waiting:
             item = waiting.pop()
             if id(item) in seen:
                 continue
             seen.add(id(item))
             self._keep.append(item)
-            waiting.extend(self._remember(item))
+            waiting.extend(self._remember(item, dicts))
+        self._dicts = [_Dicts(dicts[i : i + _TOGETHER]) for i in range(0, len(dicts), _TOGETHER)]
 
     def restore(self) -> None:
         """Put everything back, each object in place and only where it changed."""
+        for dicts in self._dicts:
+            dicts.restore()
         for restore in self._restores:
             restore()
 
@@ -72,22 +80,24 @@ class Snapshot:
         finally:
             snapshot.restore()
 
-    def _remember(self, item: object) -> Iterable[object]:
+    def _remember(self, item: object, dicts: list[dict[Any, Any]]) -> Iterable[object]:
         """Store how to restore ``item``; return what to look at next."""
         if self._max_items is not None and _num_items(item) > self._max_items:
             return ()
+        if isinstance(item, dict):
+            dicts.append(item)
+            return item.values()
         for kind, remember in _REMEMBER.items():
             if isinstance(item, kind):
                 restore, inside = remember(item)
-                self._restores.append(restore)
+                if restore is not _nothing:
+                    self._restores.append(restore)
                 return inside
         if isinstance(item, tuple):
             return item
         follows_data = self._max_items is not None and isinstance(item, _DATA)
         if follows_data or _is_plain_object(item):
-            restore, inside = _dict(vars(item))
-            self._restores.append(restore)
-            return inside
+            return (vars(item),)
         return ()
 
 
@@ -111,17 +121,31 @@ def _nothing() -> None:
     """Restore what is never changed in place."""
 
 
-def _dict(item: dict[Any, Any]) -> tuple[Restore, Iterable[object]]:
-    saved = dict(item)
-    keys, values = list(saved), list(saved.values())
+class _Dicts:
+    """Some dicts, compared with what was in them at one go: a net has a thousand of them."""
 
-    def restore() -> None:  # a net has a thousand dicts, and each loss of a plane comes here
-        if len(item) == len(keys) and _same(item, keys) and _same(item.values(), values):
+    def __init__(self, dicts: list[dict[Any, Any]]) -> None:
+        self._dicts = dicts
+        self._views = [item.values() for item in dicts]
+        self._saved = [dict(item) for item in dicts]
+        self._lengths = list(map(len, dicts))
+        self._keys = list(chain.from_iterable(dicts))
+        self._values = list(chain.from_iterable(self._views))
+
+    def restore(self) -> None:
+        """Put back what is not as it was."""
+        if (
+            list(map(len, self._dicts)) == self._lengths
+            and _same(chain.from_iterable(self._dicts), self._keys)
+            and _same(chain.from_iterable(self._views), self._values)
+        ):
             return
-        item.clear()
-        item.update(saved)
-
-    return restore, values
+        for item, saved in zip(self._dicts, self._saved, strict=True):
+            if len(item) != len(saved) or not (
+                _same(item, saved) and _same(item.values(), saved.values())
+            ):
+                item.clear()
+                item.update(saved)
 
 
 def _same(items: Iterable[object], saved: Iterable[object]) -> bool:
@@ -199,7 +223,6 @@ def _numpy_random_state(item: np.random.RandomState) -> tuple[Restore, Iterable[
 
 
 _REMEMBER: dict[type, Callable[[Any], tuple[Restore, Iterable[object]]]] = {
-    dict: _dict,
     list: _sequence,
     deque: _sequence,
     set: _set,

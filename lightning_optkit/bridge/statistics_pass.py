@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import partial
 
@@ -17,7 +17,7 @@ from lightning_optkit.bridge.reduce import sum_over_ranks
 from lightning_optkit.bridge.snapshot import put_back
 from lightning_optkit.methods.norm_statistics import refresh_norm_statistics, tracking_layers
 
-__all__ = ["StatisticsPass", "statistics_names"]
+__all__ = ["StatisticsPass", "statistics_names", "statistics_of"]
 
 
 def statistics_names(module: torch.nn.Module) -> list[str]:
@@ -27,6 +27,42 @@ def statistics_names(module: torch.nn.Module) -> list[str]:
         for layer in tracking_layers(module)
         for statistic in ("running_mean", "running_var")
     ]
+
+
+def statistics_of(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    passes: Callable[[], Iterable[Callable[[], object]]],
+    *,
+    layerwise: bool = False,
+) -> dict[str, Tensor]:
+    """Return running statistics by buffer name; the module's own are as before. All ranks call it.
+
+    Layers that training kept in eval mode keep their statistics, and are left out.
+
+    Args:
+        trainer: the Trainer, fitting.
+        pl_module: its module.
+        passes: starts a pass, an iterable of calls, each of which runs the module on a batch.
+        layerwise: a pass for each layer, see
+            :func:`~lightning_optkit.methods.norm_statistics.refresh_norm_statistics`.
+    """
+    buffers = dict(pl_module.named_buffers())
+    names = [name for name in statistics_names(pl_module) if name in buffers]
+    before = {name: buffers[name].detach().clone() for name in names}
+    try:
+        layers = refresh_norm_statistics(
+            pl_module,
+            passes,
+            frozen=_frozen_layers(trainer, pl_module),
+            layerwise=layerwise,
+            reduce=sum_over_ranks(trainer),
+        )
+        prefixes = tuple(f"{layer}." if layer else "" for layer in layers)
+        return {name: buffers[name].detach().clone() for name in names if name.startswith(prefixes)}
+    finally:
+        for name in names:
+            put_back(buffers[name], before[name])
 
 
 class StatisticsPass:
@@ -62,24 +98,12 @@ class StatisticsPass:
             trainer: the Trainer, fitting.
             pl_module: its module, with the weights to take the statistics of.
         """
-        buffers = dict(pl_module.named_buffers())
-        names = [name for name in statistics_names(pl_module) if name in buffers]
-        before = {name: buffers[name].detach().clone() for name in names}
-        try:
-            layers = refresh_norm_statistics(
-                pl_module,
-                partial(self._forwards, trainer, pl_module, num_batches=self._num_batches),
-                frozen=_frozen_layers(trainer, pl_module),
-                layerwise=self._layerwise,
-                reduce=sum_over_ranks(trainer),
-            )
-            prefixes = tuple(f"{layer}." if layer else "" for layer in layers)
-            return {
-                name: buffers[name].detach().clone() for name in names if name.startswith(prefixes)
-            }
-        finally:
-            for name in names:
-                put_back(buffers[name], before[name])
+        return statistics_of(
+            trainer,
+            pl_module,
+            partial(self._forwards, trainer, pl_module, num_batches=self._num_batches),
+            layerwise=self._layerwise,
+        )
 
     def _forwards(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, num_batches: int | None

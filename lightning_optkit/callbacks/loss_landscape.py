@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_optkit.board import tags
 from lightning_optkit.bridge.arguments import is_count, is_number
 from lightning_optkit.bridge.cadence import Cadence, logger_step
+from lightning_optkit.bridge.fresh_statistics import FreshStatisticsSurface, held_statistics
+from lightning_optkit.bridge.landscape_frame import LandscapeFrame
 from lightning_optkit.bridge.observer import Observer
 from lightning_optkit.bridge.probe import Probe, StepLossFn
 from lightning_optkit.bridge.run_trajectory import RunTrajectory
@@ -22,15 +27,10 @@ from lightning_optkit.bridge.stored_weights import stored_weights
 from lightning_optkit.bridge.trainer_progress import shown_progress
 from lightning_optkit.measures import HessianOperator
 from lightning_optkit.measures.basin import BasinRadius, basin_radius
-from lightning_optkit.measures.directions import (
-    Normalization,
-    TrajectoryPlane,
-    random_directions,
-    trajectory_plane,
-)
-from lightning_optkit.measures.eigenpairs import top_eigenpairs
+from lightning_optkit.measures.directions import Normalization, TrajectoryPlane
 from lightning_optkit.measures.landscape import LossLine, LossPlane, loss_line, plane_passes
 from lightning_optkit.measures.loss_surface import LossSurface
+from lightning_optkit.methods.norm_statistics import tracking_layers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,9 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LandscapeReport", "LossLandscape"]
 
-_KINDS = ("line", "plane")
-_DIRECTIONS = ("random", "trajectory", "hessian", "init")
-_MARGIN = 0.2  # of a path's extent, around it
+_EARLY_SECONDS = 10.0  # before a coarse picture is reported, and between two
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +92,10 @@ class LossLandscape(Observer[LandscapeReport]):
         trajectory_bytes: memory on the CPU, and space in checkpoints, for the path.
         parameters: glob patterns of parameter names; ``None`` takes all trainable ones.
         mode: ``"eval"`` (dropout off, running statistics of BatchNorm) or ``"train"``, in which
-            BatchNorm takes each batch's own statistics at every point. In ``"eval"`` a line to
-            other weights takes their running statistics along.
+            BatchNorm takes each batch's own statistics at every point.
+        norm_statistics: ``"kept"``: running statistics are those of the weights in the middle, and
+            go along to the weights of checkpoints; or ``"estimated"``: of all held batches, anew at
+            every point, which doubles the passes.
         loss_fn: ``(pl_module, batch) -> loss`` in place of ``training_step``.
         data: a ``DataLoader`` or batches in place of the training dataloader.
         seed: seeds the choice of batches and directions.
@@ -142,6 +142,7 @@ class LossLandscape(Observer[LandscapeReport]):
         trajectory_bytes: int = 64 * 2**20,
         parameters: list[str] | None = None,
         mode: Literal["eval", "train"] = "eval",
+        norm_statistics: Literal["kept", "estimated"] = "kept",
         loss_fn: StepLossFn | None = None,
         data: Iterable[Any] | None = None,
         seed: int = 0,
@@ -170,31 +171,22 @@ class LossLandscape(Observer[LandscapeReport]):
             data=data,
             seed=seed,
         )
-        if kind not in _KINDS:
-            raise ValueError(f"`kind` must be 'line' or 'plane', got {kind!r}.")
-        paths = _paths_of(directions)
-        if kind == "plane" and (directions == "init" or len(paths) == 1):
+        self._frame = LandscapeFrame(
+            kind,
+            directions,
+            resolution=resolution,
+            span=span,
+            normalization=normalization,
+            seed=seed,
+        )
+        if norm_statistics not in ("kept", "estimated"):
             raise ValueError(
-                f"`kind` must be 'line' where `directions` is {directions!r}: two points span a "
-                "line. Write `kind='line'`, or give the paths of two checkpoints."
+                f"`norm_statistics` must be 'kept' or 'estimated', got {norm_statistics!r}."
             )
-        if kind == "line" and len(paths) > 2:
+        if norm_statistics == "estimated" and mode == "train":
             raise ValueError(
-                f"`directions` must be one or two checkpoints for a line, got {len(paths)}. Write "
-                "`kind='plane'` for the plane nearest to them."
-            )
-        if kind == "line" and directions == "trajectory":
-            raise ValueError(
-                "`kind` must be 'plane' where `directions` is 'trajectory', got 'line'. For the "
-                "line from the first weights write `directions='init'`."
-            )
-        if not is_count(resolution, least=2):
-            raise ValueError(f"`resolution` must be an integer of at least 2, got {resolution!r}.")
-        if not is_number(span) or not 0 < span < math.inf:
-            raise ValueError(f"`span` must be positive and finite, got {span!r}.")
-        if normalization not in ("filter", "layer", "none"):
-            raise ValueError(
-                f"`normalization` must be 'filter', 'layer' or 'none', got {normalization!r}."
+                "`norm_statistics` must be 'kept' where `mode` is 'train', got 'estimated': each "
+                "batch's own are taken there. Leave out `mode`."
             )
         if basin_rise is not None and (not is_number(basin_rise) or not 0 < basin_rise < math.inf):
             raise ValueError(
@@ -204,21 +196,12 @@ class LossLandscape(Observer[LandscapeReport]):
             raise ValueError(
                 f"`trajectory_bytes` must be an integer of at least 1, got {trajectory_bytes!r}."
             )
-        self._kind = kind
-        self._directions = directions if isinstance(directions, str) else "checkpoints"
-        self._checkpoints = paths
-        self._resolution = resolution
-        self._span = float(span)
-        self._normalization = normalization
+        self._norm_statistics = norm_statistics
         self._log = log
         self._basin_rise = basin_rise
         self._path = RunTrajectory(trajectory_bytes)
 
     # -- hooks ----------------------------------------------------------------------------------
-
-    @property
-    def _follows_path(self) -> bool:
-        return self._directions in ("trajectory", "init")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":  # before a checkpoint is restored
@@ -226,10 +209,15 @@ class LossLandscape(Observer[LandscapeReport]):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if self._follows_path:
+        if self._frame.follows_path:
             self._path.start(pl_module, self.parameter_names(pl_module))
-        for path in self._checkpoints:  # what does not fit is told before the first step
-            stored_weights(path, self._tensors_of_line(pl_module))
+        if self._norm_statistics == "estimated" and not tracking_layers(pl_module):
+            rank_zero_warn(
+                f"`{type(self).__name__}(norm_statistics='estimated')` found no layer with running "
+                "statistics: the picture is the same without."
+            )
+        for path in self._frame.checkpoints:  # what does not fit is told before the first step
+            stored_weights(path, self._parameters_and_statistics(pl_module))
 
     def on_train_batch_end(
         self,
@@ -239,7 +227,7 @@ class LossLandscape(Observer[LandscapeReport]):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if self._directions == "trajectory" and not trainer.fit_loop._should_accumulate():
+        if self._frame.directions == "trajectory" and not trainer.fit_loop._should_accumulate():
             num_steps = logger_step(trainer, after_batch=True) + 1
             self._path.after_step(pl_module, self.parameter_names(pl_module), num_steps)
 
@@ -256,35 +244,55 @@ class LossLandscape(Observer[LandscapeReport]):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, probe: Probe
     ) -> LandscapeReport:
         """Return the losses of the picture on the held batches."""
-        operator = HessianOperator(
-            **self.loss_terms(trainer, probe, self.parameter_names(pl_module))
-        )
-        num_losses = self._resolution ** (2 if self._kind == "plane" else 1)
-        trajectory = None
-        picture: LossLine | LossPlane
-        with shown_progress(trainer, type(self).__name__, num_losses) as tell:
-            if self._kind == "plane":
-                surface: LossSurface = operator
-                if self._checkpoints:
-                    surface = self._surface_with_buffers(pl_module, probe, trainer)
-                directions, span, trajectory = self._plane(operator, surface)
-                for picture in plane_passes(
-                    surface, directions, resolution=self._resolution, span=span
-                ):
-                    tell(int(picture.known.sum()))
-            else:
-                surface, direction, positions = self._line(operator, pl_module, probe, trainer)
-                picture = loss_line(surface, direction, positions)
-        basin = self._basin(operator)
-        return LandscapeReport(
-            picture,
-            float(operator.value()),
-            basin,
-            trajectory,
-            (*self._path.steps, _num_steps(trainer)) if self._follows_path else (),
-            num_losses + (0 if basin is None else basin.num_losses),
+        terms = self.loss_terms(trainer, probe, self.parameter_names(pl_module))
+        operator = HessianOperator(**terms)
+        refreshed = partial(self._refreshed, trainer, pl_module)
+        surface = around = refreshed(operator)
+        if self._frame.checkpoints:  # running statistics go along to other weights
+            surface = refreshed(_with_buffers(terms, pl_module))
+        found = LandscapeReport(
+            LossLine(torch.empty(0), torch.empty(0)),
+            float(around.value()),
+            None,
+            None,
+            (*self._path.steps, _num_steps(trainer)) if self._frame.follows_path else (),
+            self._frame.num_points,
             int(operator.total_weight),
         )
+        if self._frame.kind == "line":
+            line = self._frame.line(operator, surface, self._path.points)
+            found = replace(found, picture=loss_line(line.surface, line.direction, line.positions))
+        else:
+            plane = self._frame.plane(operator, surface, self._path.points)
+            found = replace(found, trajectory=plane.trajectory)
+            with shown_progress(trainer, type(self).__name__, self._frame.num_points) as tell:
+                passes = plane_passes(
+                    surface, plane.directions, resolution=self._frame.resolution, span=plane.span
+                )
+                for picture in self._shown_early(trainer, passes, found):
+                    tell(int(picture.known.sum()))
+            found = replace(found, picture=picture)
+        return self._with_basin(found, around)
+
+    def _shown_early(
+        self, trainer: pl.Trainer, passes: Iterator[LossPlane], found: LandscapeReport
+    ) -> Iterator[LossPlane]:
+        """Report coarse pictures between passes where the whole takes long."""
+        last, due = 0, time.monotonic() + _EARLY_SECONDS
+        for picture in passes:
+            if time.monotonic() >= due and (coarse := picture.coarse()) is not None:
+                apart, plane = coarse
+                if apart not in (last, 1):
+                    self.report_early(trainer, replace(found, picture=plane))
+                    last, due = apart, time.monotonic() + _EARLY_SECONDS
+            yield picture
+
+    def _with_basin(self, found: LandscapeReport, surface: LossSurface) -> LandscapeReport:
+        if self._basin_rise is None:
+            return found
+        generator = torch.Generator().manual_seed(self._seed)  # the same at each picture and rank
+        basin = basin_radius(surface, rise=self._basin_rise, generator=generator)
+        return replace(found, basin=basin, num_losses=found.num_losses + basin.num_losses)
 
     def scalars(self, result: LandscapeReport) -> dict[str, float]:
         """Return those of :data:`~lightning_optkit.board.tags.LANDSCAPE_SCALARS` that are defined.
@@ -328,8 +336,8 @@ class LossLandscape(Observer[LandscapeReport]):
         from lightning_optkit.figures.landscape import line_figure, plane_figure
 
         if isinstance(result.picture, LossLine):
-            names = [Path(path).name for path in self._checkpoints] or [""]
-            if self._directions == "init":
+            names = [Path(path).name for path in self._frame.checkpoints] or [""]
+            if self._frame.directions == "init":
                 names = ["before training"]
             labels = (names[0], names[1]) if len(names) > 1 else ("here", names[0])
             return {tags.LANDSCAPE_FIGURE: line_figure(result.picture, labels=labels)}
@@ -338,7 +346,7 @@ class LossLandscape(Observer[LandscapeReport]):
             path = result.trajectory.path.numpy()
             shares = [f"{share:.0%} of the path" for share in result.trajectory.explained.tolist()]
             axes = (f"first component, {shares[0]}", f"second component, {shares[1]}")
-        elif self._directions == "hessian":
+        elif self._frame.directions == "hessian":
             axes = ("eigenvector of the largest eigenvalue", "of the second largest")
         return {
             tags.LANDSCAPE_FIGURE: plane_figure(
@@ -346,121 +354,39 @@ class LossLandscape(Observer[LandscapeReport]):
             )
         }
 
-    # -- directions -----------------------------------------------------------------------------
+    # -- the loss -------------------------------------------------------------------------------
 
-    def _generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self._seed)  # the same at each picture, on each rank
-
-    def _plane(
-        self, operator: HessianOperator, surface: LossSurface
-    ) -> tuple[Tensor, tuple[float, float, float, float], TrajectoryPlane | None]:
-        """Return two directions, how far to go, and the path if they are its."""
-        square = (-self._span, self._span, -self._span, self._span)
-        if self._directions == "trajectory" or self._checkpoints:
-            here = surface.vector()
-            points = [point.to(here.dtype) for point in self._path.points]
-            points += [self._stored(path, surface).cpu() for path in self._checkpoints]
-            trajectory = trajectory_plane([*points, here.cpu()])
-            span = _around(trajectory.path, self._span)
-            return trajectory.directions.to(here), span, trajectory
-        if self._directions == "hessian":
-            return self._eigenvectors(operator, 2), square, None
-        return self._random(operator, 2), square, None
-
-    def _random(self, operator: LossSurface, num_directions: int) -> Tensor:
-        return random_directions(
-            operator.params,
-            num_directions,
-            normalization=self._normalization,
-            generator=self._generator(),
-        )
-
-    def _eigenvectors(self, operator: HessianOperator, num_vectors: int) -> Tensor:
-        """Return eigenvectors of the largest eigenvalues, as long as the weights."""
-        top = top_eigenpairs(
-            operator, num_vectors, which="largest", rtol=1e-2, generator=self._generator()
-        )
-        return top.vectors[:num_vectors] * operator.parameter_norm()
-
-    def _line(
-        self,
-        operator: HessianOperator,
-        pl_module: pl.LightningModule,
-        probe: Probe,
-        trainer: pl.Trainer,
-    ) -> tuple[LossSurface, Tensor, Tensor]:
-        """Return a surface, a direction in it and the positions along that."""
-        both_ways = torch.linspace(-self._span, self._span, self._resolution, dtype=torch.float64)
-        there_and_back = torch.linspace(0, 1, self._resolution, dtype=torch.float64)
-        if self._directions == "random":
-            return operator, self._random(operator, 1)[0], both_ways
-        if self._directions == "hessian":
-            return operator, self._eigenvectors(operator, 1)[0], both_ways
-        if self._directions == "init":
-            here = operator.vector()
-            return operator, self._path.points[0].to(here) - here, there_and_back
-        surface = self._surface_with_buffers(pl_module, probe, trainer)
-        *first, last = self._checkpoints
-        if first:
-            surface = surface.at(stored_weights(first[0], surface.params))
-        return surface, self._stored(last, surface) - surface.vector(), there_and_back
-
-    def _surface_with_buffers(
-        self, pl_module: pl.LightningModule, probe: Probe, trainer: pl.Trainer
+    def _refreshed(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, surface: LossSurface
     ) -> LossSurface:
-        """Return the loss of parameters and running statistics, which go along to other weights."""
-        terms = self.loss_terms(trainer, probe, self.parameter_names(pl_module))
-        terms.pop("graphs")
-        terms["params"] |= self._float_buffers(pl_module)
-        return LossSurface(**terms)
+        """Return the loss with statistics of its own at every point, if that is asked for."""
+        if self._norm_statistics == "kept" or not tracking_layers(pl_module):
+            return surface
+        make_probe = partial(self._probe, trainer, pl_module)
+        statistics = held_statistics(trainer, pl_module, self.held_batches, make_probe)
+        return FreshStatisticsSurface(surface, statistics)
 
-    def _stored(self, path: str, surface: LossSurface) -> Tensor:
-        return surface.at(stored_weights(path, surface.params)).vector()
-
-    def _tensors_of_line(self, pl_module: pl.LightningModule) -> dict[str, Tensor]:
+    def _parameters_and_statistics(self, pl_module: pl.LightningModule) -> dict[str, Tensor]:
         params = dict(pl_module.named_parameters())
         chosen = {name: params[name] for name in self.parameter_names(pl_module)}
-        return chosen | self._float_buffers(pl_module)
-
-    def _float_buffers(self, pl_module: pl.LightningModule) -> dict[str, Tensor]:
-        """Return the running statistics that a line takes along, by name."""
-        stored = pl_module.state_dict().keys()
-        return {
-            name: buffer.detach().float() if buffer.dtype.itemsize < 4 else buffer.detach()
-            for name, buffer in pl_module.named_buffers()
-            if buffer.is_floating_point() and name in stored
-        }
-
-    def _basin(self, operator: HessianOperator) -> BasinRadius | None:
-        if self._basin_rise is None:
-            return None
-        return basin_radius(operator, rise=self._basin_rise, generator=self._generator())
+        return chosen | _float_buffers(pl_module)
 
 
-def _paths_of(directions: object) -> tuple[str, ...]:
-    """Return the checkpoints among directions: none of those that have a name."""
-    if isinstance(directions, str):
-        return () if directions in _DIRECTIONS else (directions,)
-    if not isinstance(directions, Sequence) or not all(isinstance(p, str) for p in directions):
-        raise TypeError(
-            f"`directions` must be one of {', '.join(map(repr, _DIRECTIONS))}, the path of a "
-            f"checkpoint or a list of such paths, got {directions!r}."
-        )
-    if len(directions) < 2:
-        raise ValueError(
-            f"`directions` must be at least two checkpoints, got {list(directions)}. For the line "
-            "from here to one, write its path alone."
-        )
-    return tuple(directions)
+def _with_buffers(terms: dict[str, Any], pl_module: pl.LightningModule) -> LossSurface:
+    """Return the loss of parameters and running statistics."""
+    params = terms["params"] | _float_buffers(pl_module)
+    return LossSurface(terms["loss_fn"], params, weights=terms["weights"], reduce=terms["reduce"])
+
+
+def _float_buffers(pl_module: pl.LightningModule) -> dict[str, Tensor]:
+    """Return the running statistics that a line takes along, by name."""
+    stored = pl_module.state_dict().keys()
+    return {
+        name: buffer.detach().float() if buffer.dtype.itemsize < 4 else buffer.detach()
+        for name, buffer in pl_module.named_buffers()
+        if buffer.is_floating_point() and name in stored
+    }
 
 
 def _num_steps(trainer: pl.Trainer) -> int:
     return logger_step(trainer, after_batch=False) + 1
-
-
-def _around(path: Tensor, span: float) -> tuple[float, float, float, float]:
-    """Return the rectangle that holds a path, with a margin, times ``span`` about its middle."""
-    low, high = path.min(0).values, path.max(0).values
-    middle, half = (low + high) / 2, (high - low) * (0.5 + _MARGIN) * span
-    (x0, y0), (x1, y1) = (middle - half).tolist(), (middle + half).tolist()
-    return x0, x1, y0, y1

@@ -24,6 +24,7 @@ from lightning_optkit.measures.lanczos import Tridiagonal, lanczos
 from lightning_optkit.measures.landscape import LossLine, LossPlane, loss_line, loss_plane
 from lightning_optkit.measures.layers import layer_spectra
 from lightning_optkit.measures.loss_surface import LossSurface
+from lightning_optkit.measures.module_loss import ModuleLoss
 from lightning_optkit.measures.operators import HessianOperator
 from lightning_optkit.measures.precision import full_precision
 from lightning_optkit.measures.rescaling import Invariance, rescale_invariance
@@ -64,6 +65,7 @@ __all__ = [
     "LossLine",
     "LossPlane",
     "LossSurface",
+    "ModuleLoss",
     "NoisePoint",
     "NoiseScale",
     "PreconditionedHessian",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_optkit.measures.directions import Normalization, random_directions
 from lightning_optkit.measures.loss_surface import LossSurface
+from lightning_optkit.measures.losses_along import LossesAlong
 
 __all__ = ["BasinRadius", "basin_radius"]
 
@@ -99,17 +100,18 @@ def basin_radius(
             "no error."
         )
     generator = generator or torch.Generator().manual_seed(0)
-    loss = float(surface.value())
-    search = _RimSearch(surface, loss + rise)
     radii = []
     guess = 1.0
-    for _ in range(num_directions):
-        (direction,) = random_directions(
-            surface.params, 1, normalization=normalization, generator=generator
-        )
-        length = float(torch.linalg.vector_norm(direction, dtype=torch.float64))
-        radii.append(search.radius(direction / length, guess))
-        guess = radii[-1] if math.isfinite(radii[-1]) else guess  # radii are alike
+    loss = float(surface.value())
+    with surface.along() as losses_along:
+        search = _RimSearch(losses_along, loss + rise)
+        for _ in range(num_directions):
+            (direction,) = random_directions(
+                surface.params, 1, normalization=normalization, generator=generator
+            )
+            length = float(torch.linalg.vector_norm(direction, dtype=torch.float64))
+            radii.append(search.radius(direction / length, guess))
+            guess = radii[-1] if math.isfinite(radii[-1]) else guess  # radii are alike
     return BasinRadius(
         torch.tensor(radii, dtype=torch.float64),
         loss + rise,
@@ -120,8 +122,8 @@ def basin_radius(
 
 
 class _RimSearch:
-    def __init__(self, surface: LossSurface, cutoff: float) -> None:
-        self._surface = surface
+    def __init__(self, losses_along: LossesAlong, cutoff: float) -> None:
+        self._losses_along = losses_along
         self._cutoff = cutoff
         self.num_losses = 0
 
@@ -155,4 +157,4 @@ class _RimSearch:
 
     def _is_beyond(self, direction: Tensor, radius: float) -> bool:
         self.num_losses += 1
-        return not float(self._surface.value(radius * direction)) <= self._cutoff  # NaN is beyond
+        return not float(self._losses_along(direction, [radius])) <= self._cutoff  # NaN is beyond

@@ -54,6 +54,21 @@ class LossPlane:
         """Points that were computed and have no finite loss."""
         return int((self.known & ~torch.isfinite(self.losses)).sum())
 
+    def coarse(self) -> tuple[int, LossPlane] | None:
+        """Return a picture of what is known so far, whole but coarse.
+
+        Returns:
+            How many points apart, and the plane in which each point has the loss of the nearest in
+            the finest grid that is all known; ``None`` where not even the coarsest is.
+        """
+        for apart in reversed(_strides(len(self.x))):
+            if bool(self.known[::apart, ::apart].all()):
+                nearest = (torch.arange(len(self.x)) + apart // 2) // apart * apart
+                nearest = nearest.clamp(max=(len(self.x) - 1) // apart * apart)
+                losses = self.losses[nearest][:, nearest]
+                return apart, LossPlane(self.x, self.y, losses, torch.ones_like(self.known))
+        return None
+
 
 def loss_line(surface: LossSurface, direction: Tensor, positions: Tensor) -> LossLine:
     """Return the loss at ``parameters + position * direction``.
@@ -75,8 +90,9 @@ def loss_line(surface: LossSurface, direction: Tensor, positions: Tensor) -> Los
         I. J. Goodfellow et al., "Qualitatively characterizing neural network optimization
         problems", 2015, section 3.
     """
-    losses = [float(surface.value(float(t) * direction)) for t in positions]
-    return LossLine(positions.double(), torch.tensor(losses, dtype=torch.float64))
+    with surface.along() as losses_along:
+        losses = losses_along(direction, positions.tolist())
+    return LossLine(positions.double(), losses.double().cpu())
 
 
 def loss_plane(
@@ -134,16 +150,16 @@ def plane_passes(
     if known is not None:
         losses, done = known.losses.clone(), known.known.clone()
     yield LossPlane(x, y, losses.clone(), done.clone())
-    for row, columns in _rows(resolution):
-        missing = [column for column in columns if not done[row, column]]
-        if not missing:
-            continue
-        base = float(y[row]) * directions[1]
-        for column in missing:
-            offset = torch.add(base, directions[0], alpha=float(x[column]))
-            losses[row, column] = float(surface.value(offset))
-            done[row, column] = True
-        yield LossPlane(x, y, losses.clone(), done.clone())
+    with surface.along() as losses_along:
+        for row, columns in _rows(resolution):
+            missing = [column for column in columns if not done[row, column]]
+            if not missing:
+                continue
+            start = float(y[row]) * directions[1]
+            found = losses_along(directions[0], x[missing].tolist(), start)
+            losses[row, missing] = found.double().cpu()
+            done[row, missing] = True
+            yield LossPlane(x, y, losses.clone(), done.clone())
 
 
 def _axes(
@@ -165,10 +181,14 @@ def _axes(
 
 def _rows(resolution: int) -> Iterator[tuple[int, range]]:
     """Yield rows and their columns, coarse grids first; points come again in finer ones."""
+    for stride in _strides(resolution):
+        for row in range(0, resolution, stride):
+            yield row, range(0, resolution, stride)
+
+
+def _strides(resolution: int) -> list[int]:
+    """Return distances of grids, from a coarse one of some eight points either way to 1."""
     stride = 1
     while 8 * stride < resolution:
         stride *= 2
-    while stride >= 1:
-        for row in range(0, resolution, stride):
-            yield row, range(0, resolution, stride)
-        stride //= 2
+    return [stride >> i for i in range(stride.bit_length())]

@@ -15,15 +15,12 @@ from lightning_optkit.measures.gradient_graph import (
     GradientGraph,
     LossFn,
     flat,
-    scalar,
     split,
 )
+from lightning_optkit.measures.losses_along import LossesAlong, Reduce
 from lightning_optkit.measures.precision import full_precision
 
 __all__ = ["LossSurface", "Reduce"]
-
-Reduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over processes."""
 
 
 class LossSurface:
@@ -126,38 +123,28 @@ class LossSurface:
         )
 
     def value(self, offset: Tensor | None = None) -> Tensor:
-        """Return the weighted loss, a scalar, by the layers' fastest kernels: for many points.
+        """Return the weighted loss, a scalar, by the layers' fastest kernels.
 
         A loss that is NaN or infinite is returned as it is.
 
         Args:
             offset: take it at the parameters plus this vector, shape ``(n,)``.
         """
-        failure: Exception | None = None
-        found = torch.zeros(2, dtype=self.dtype, device=self.device)  # the loss, and failures
-        try:
-            found[0] = self._own_value(offset)
-        except Exception as error:
-            if self._reduce is None:
-                raise
-            failure, found[1] = error, 1.0
-        total = self._reduced(found)
-        if failure is not None:
-            raise failure
-        if self._reduce is not None and float(total[1]) > 0:
-            raise CurvatureError("The loss could not be computed on another process, see there.")
-        return total[0]
+        direction = torch.zeros_like(self.vector()) if offset is None else offset
+        with self.along() as losses:
+            return losses(direction, [1.0])[0]
 
-    def _own_value(self, offset: Tensor | None) -> Tensor:
-        params = {name: p.detach() for name, p in self._params.items()}
-        if offset is not None:  # one addition, whose pieces the parameters are
-            pieces = split(self.vector() + offset, params)
-            params = dict(zip(params, pieces, strict=True))
-        total = torch.zeros((), dtype=self.dtype, device=self.device)
-        with full_precision(self.device.type), torch.no_grad():
-            for loss_fn, weight in zip(self._loss_fns, self._weights, strict=True):
-                total += weight * scalar(loss_fn(dict(params)))
-        return total
+    def along(self) -> LossesAlong:
+        """Return a context of :meth:`value` at many points, as of a line or a plane.
+
+        Example:
+            >>> import torch
+            >>> surface = LossSurface(lambda p: p["w"].square().sum(), {"w": torch.ones(2)})
+            >>> with surface.along() as losses:
+            ...     losses(torch.tensor([1.0, 0.0]), [0.0, 1.0, 2.0])
+            tensor([ 2.,  5., 10.])
+        """
+        return LossesAlong(self._loss_fns, self._params, weights=self._weights, reduce=self._reduce)
 
     @torch.inference_mode(False)
     def gradient(self, offset: Tensor | None = None) -> Tensor:

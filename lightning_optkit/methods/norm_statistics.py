@@ -32,13 +32,17 @@ from torch.nn.parameter import is_lazy
 from lightning_optkit.methods.batch_norm import BatchNormVariant
 from lightning_optkit.methods.moments import InstanceMoments, Moments, ValueMoments, exact_dtype
 
-__all__ = ["refresh_norm_statistics", "tracking_layers"]
+__all__ = ["StatisticsNotFiniteError", "refresh_norm_statistics", "tracking_layers"]
 
 _Layers = dict[str, nn.Module]
 _Passes = Callable[[], Iterable[Callable[[], object]]]
 _Reduce = Callable[[Tensor], Tensor]
 
 _SPATIAL_DIMS = {nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 3}
+
+
+class StatisticsNotFiniteError(ValueError):
+    """Inputs of a norm layer are NaN, infinite or overflow its buffers; nothing was changed."""
 
 
 def tracking_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -107,8 +111,9 @@ def refresh_norm_statistics(
         out.
 
     Raises:
-        ValueError: if a pass is empty; if a layer saw too few values for a variance, or its
-            statistics are not finite; if ``frozen`` names no such layer.
+        StatisticsNotFiniteError: if a layer's statistics are not finite.
+        ValueError: if a pass is empty; if a layer saw too few values for a variance; if ``frozen``
+            names no such layer.
 
     Example:
         >>> net = nn.BatchNorm1d(1).eval()
@@ -180,7 +185,7 @@ def _write(name: str, layer: nn.Module, found: _Statistics) -> None:
     for buffer, values in zip(_running(layer), (found.mean, found.variance), strict=True):
         buffer.copy_(values)  # which may overflow in its dtype
         if not bool(torch.isfinite(buffer).all()):
-            raise ValueError(
+            raise StatisticsNotFiniteError(
                 f"`passes` must give {_called(name)} inputs with finite statistics, got "
                 f"{float(buffer[~torch.isfinite(buffer)][0])}. Look for weights or data that are "
                 "not finite, or too large for the layer's dtype."

@@ -1,3 +1,6 @@
+import itertools
+from contextlib import ExitStack
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -7,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from lightning_optkit import is_probing
 from lightning_optkit.bridge.probe import Probe, ProbeError, select_parameters
 from tests.contracts import assert_same, public_state, rng_state
-from tests.modules import GAN, Classifier, DictAutoencoder, images
+from tests.modules import GAN, MODULES, Classifier, DictAutoencoder, images
 
 
 def trainer_for(module: pl.LightningModule) -> pl.Trainer:
@@ -248,3 +251,95 @@ def test_tied_weights_stay_tied():
     weight = torch.full((3, 3), 0.5, requires_grad=True)
     loss = loss_of(module, torch.ones(2, 3), {"first.weight": weight})
     torch.testing.assert_close(loss, (torch.ones(2, 3) @ weight.T @ weight.T).sum())
+
+
+# -- held for many points -------------------------------------------------------------------------
+
+
+def held_and_called(module, batches, points, **options):
+    """Return the losses of each batch at each point: held, and called one by one."""
+    with Probe(trainer_for(module), module, **options) as probe:
+        params = probe.parameters(list(select_parameters(module)))
+        losses = [probe.loss_fn(batch, i) for i, batch in enumerate(batches)]
+        held, called = [], []
+        live = {name: p.clone() for name, p in params.items()}
+        with torch.no_grad(), ExitStack() as stack:
+            at_live = [stack.enter_context(loss.holding(live)) for loss in losses]
+            for scale in points:
+                for loss in at_live:
+                    for name, tensor in live.items():
+                        tensor.copy_(scale * params[name])
+                    held.append(float(loss()))
+        for scale in points:
+            at = {name: scale * p for name, p in params.items()}
+            called += [float(loss(at)) for loss in losses]
+    return held, called
+
+
+@pytest.mark.parametrize("name", ["classifier", "gan", "autoencoder", "transformer"])
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_held_losses_are_those_of_single_calls(name, mode):
+    module, loader = MODULES[name]()
+    trainer = trainer_for(module)
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    state = sorted(vars(module)), public_state(module), rng_state()
+    batches = list(itertools.islice(loader, 2))
+    held, called = held_and_called(module, batches, [1.0, 0.5, 1.0], mode=mode)
+    assert held == called
+    assert len(set(held)) == 4  # two batches at two points
+    assert_same(before, {k: v.clone() for k, v in module.state_dict().items()})
+    assert_same(state[1], public_state(module))
+    assert [k for k in vars(module) if k not in state[0]] in ([], ["_trainer"])
+    assert module.trainer is not trainer
+
+
+def test_a_held_step_starts_from_the_same_state_each_time():
+    class Changes(Plain):
+        """Writes into its parameters, a frozen one, buffers, attributes, and adds a parameter."""
+
+        def __init__(self):
+            super().__init__()
+            self.target = nn.Linear(3, 1).requires_grad_(False)
+            self.norm = nn.BatchNorm1d(1)
+            self.calls, self.seen = 0, [0]
+
+        def training_step(self, batch):
+            loss = (self.norm(self.net(batch)) - self.target(batch)).square().sum()
+            loss = loss + self.calls + self.seen[-1] + torch.rand(())
+            batch.zero_()
+            self.calls += 1
+            self.seen.append(1)
+            with torch.no_grad():
+                self.target.bias.add_(1)
+                self.norm.running_mean.add_(1)
+            self.net.weight.data = self.net.weight.data.clamp(-0.01, 0.01)
+            self.norm.weight = nn.Parameter(torch.zeros(1))
+            return loss
+
+    batches = [torch.ones(4, 3), torch.rand(4, 3)]
+    held, called = held_and_called(Changes(), batches, [1.0, 2.0, 1.0])
+    assert held == called
+    assert held[:2] == held[4:] != held[2:4]
+
+
+def test_a_held_step_that_raises_leaves_nothing():
+    def step(self, batch):
+        self.net.weight.data.zero_()
+        raise KeyError("broken step")
+
+    module = Plain(step)
+    weight = module.net.weight
+    before = weight.detach().clone()
+    with pytest.raises(KeyError, match="broken step"):
+        held_and_called(module, [torch.ones(4, 3)], [1.0])
+    assert module.net.weight is weight
+    assert torch.equal(weight, before)
+    with Probe(trainer_for(module), module) as probe:
+        loss = probe.loss_fn(torch.ones(4, 3))
+        live, other = (
+            {k: p.clone() for k, p in probe.parameters(["net.weight"]).items()} for _ in range(2)
+        )
+        with loss.holding(live), pytest.raises(RuntimeError, match="at the same tensors"):
+            loss.holding(other).__enter__()
+        with loss.holding(other):  # is free again
+            pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader
 
-from lightning_optkit import LossLandscape
+from lightning_optkit import LossLandscape, is_probing
 from lightning_optkit.board.tags import LANDSCAPE_SCALARS
 from tests.contracts import (
     Interrupter,
@@ -108,6 +109,12 @@ def test_training_is_bit_identical(module_name, kind, directions, options, tmp_p
     )  # fmt: skip
 
 
+def test_training_is_bit_identical_with_fresh_statistics_and_early_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_optkit.callbacks.loss_landscape._EARLY_SECONDS", 0.0)
+    options = {"every_n_epochs": 1, "norm_statistics": "estimated", "resolution": 9}
+    assert_observer(lambda: small(**options), "classifier", tmp_path, limit_train_batches=2)
+
+
 def test_a_resumed_run_has_the_whole_path(tmp_path):
     def run(callback, **options):
         pl.seed_everything(1, verbose=False)
@@ -183,6 +190,70 @@ def test_a_line_ends_at_the_loss_of_a_checkpoint_with_its_running_statistics(tmp
             ends.append(float(losses.mean()))
     assert line.report.picture.losses[[0, -1]].tolist() == pytest.approx(ends, rel=1e-6)
     assert not torch.equal(here["net.1.running_mean"], stored["net.1.running_mean"])
+
+
+def test_statistics_are_estimated_anew_at_every_point_if_asked():
+    module, loader = MODULES["classifier"]()
+    line = Measures(
+        "line", "init", num_batches=None, data=(data := list(loader)), max_overhead=None,
+        loss_fn=cross_entropy_of, resolution=3, norm_statistics="estimated",
+    )  # fmt: skip
+    kept = Keeps()
+    trainer = train(module, loader, line, kept)
+    here = {k: v.clone() for k, v in module.state_dict().items()}
+    x = torch.cat([batch[0] for batch in data])
+    truth = []
+    for t in (0, 0.5, 1):
+        weights = {k: torch.lerp(here[k], kept.weights[0][k], t) if here[k].is_floating_point()
+                   else here[k] for k in here}  # fmt: skip
+        module.load_state_dict(weights)
+        module.eval()
+        with torch.no_grad():
+            convolution, norm = module.net[0], module.net[1]
+            inputs = convolution(x).double().transpose(0, 1).flatten(1)
+            norm.running_mean.copy_(inputs.mean(1))
+            norm.running_var.copy_(inputs.var(1))
+            losses = torch.stack([cross_entropy_of(module, batch) for batch in data])
+            truth.append(float(losses.mean()))
+    assert line.report.picture.losses.tolist() == pytest.approx(truth, rel=1e-5)
+    assert logged(trainer)["loss"] == pytest.approx(truth[0], rel=1e-5)
+
+
+def test_statistics_that_are_not_finite_are_gaps():
+    module, loader = MODULES["classifier"]()
+    options = {"span": 1e30, "resolution": 5, "loss_fn": cross_entropy_of}
+    found = logged(train(module, loader, small("line", norm_statistics="estimated", **options)))
+    assert found["num_gaps"] == 4
+    assert math.isfinite(found["loss"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(*autoencoder(), small("line", norm_statistics="estimated"))
+    told = [str(warning.message) for warning in caught]
+    assert any("found no layer with running statistics" in message for message in told)
+
+
+def test_a_coarse_picture_is_reported_early_where_the_whole_takes_long(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("lightning_optkit.callbacks.loss_landscape.time.monotonic", lambda: now[0])
+
+    class Slow(DictAutoencoder):
+        def training_step(self, batch):
+            now[0] += is_probing() * 0.1  # 81 points of two batches take 16 seconds
+            return super().training_step(batch)
+
+    module, loader = Slow().double(), autoencoder()[1]
+    plane = Measures(resolution=9, max_overhead=None, num_batches=2)
+    logger = TensorBoardLogger(tmp_path)
+    before = list(Path("optkit_logs").glob("*"))
+    train(module, loader, plane, logger=logger)
+    events = EventAccumulator(logger.log_dir).Reload().Tensors("optkit-landscape/losses")
+    coarse, whole = (make_ndarray(event.tensor_proto) for event in events)
+    assert events[0].step == events[1].step
+    assert torch.equal(torch.tensor(whole), plane.report.picture.losses.float())
+    nearest = [0, 2, 2, 4, 4, 6, 6, 8, 8]  # the grid of every second point is known by then
+    assert (coarse == whole[nearest][:, nearest]).all()
+    assert len(set(whole.flatten().tolist())) == 81
+    assert list(Path("optkit_logs").glob("*")) == before  # in the logger's folder alone
 
 
 def test_between_two_checkpoints_and_on_the_plane_through_them(tmp_path):
@@ -323,6 +394,12 @@ def test_gaps_are_counted_and_training_goes_on():
         ((), {"normalization": "row"}, "`normalization` must be 'filter', 'layer' or 'none'"),
         ((), {"basin_rise": -1.0}, "`basin_rise` must be positive and finite or None, got -1.0"),
         ((), {"trajectory_bytes": 0}, "`trajectory_bytes` must be an integer of at least 1"),
+        ((), {"norm_statistics": "new"}, "`norm_statistics` must be 'kept' or 'estimated', got"),
+        (
+            (),
+            {"norm_statistics": "estimated", "mode": "train"},
+            "`norm_statistics` must be 'kept' where `mode` is 'train'",
+        ),
         ((), {"at_end": False}, "`every_n_epochs` must be given where `at_end` is False"),
     ],
     ids=str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,10 @@ def uneven_data() -> list[list[dict[str, torch.Tensor]]]:
 class Still(DictAutoencoder):
     """Its learning rate moves nothing: ranks measure at the same weights."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, with_norm: bool = False) -> None:
         super().__init__()
+        if with_norm:
+            self.net.insert(1, torch.nn.BatchNorm1d(self.net[0].out_features))
         self.double()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -85,13 +88,23 @@ def measured(data: list[dict[str, torch.Tensor]], **options: Any) -> dict[str, A
     pl.seed_everything(3, verbose=False)
     shared = {"data": data, "num_batches": None, "max_overhead": None}
     landscape = Keeps(resolution=5, basin_rise=0.1, **shared)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        callbacks=[
+    trainer = fitted(
+        Still(),
+        [
             Sharpness(num_samples=4, epsilon=1e-3, invariance_check=False, **shared),
             Sharpness(("epsilon",), epsilon=1e-3, subspace_dim=7, name="plane", **shared),
             landscape,
         ],
+        **options,
+    )
+    values = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    return values | {"losses": landscape.losses}
+
+
+def fitted(module: pl.LightningModule, callbacks: list[pl.Callback], **options: Any) -> pl.Trainer:
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        callbacks=callbacks,
         max_steps=1,
         logger=False,
         enable_progress_bar=False,
@@ -100,20 +113,51 @@ def measured(data: list[dict[str, torch.Tensor]], **options: Any) -> dict[str, A
         **options,
     )
     loader = DataLoader([{"image": images(6)[0].double()}], batch_size=None)
-    trainer.fit(Still(), loader)
-    values = {key: float(value) for key, value in trainer.callback_metrics.items()}
-    return values | {"losses": landscape.losses}
+    trainer.fit(module, loader)
+    return trainer
 
 
-def measured_on_this_rank() -> dict[str, Any]:
+def refreshed(data: list[dict[str, torch.Tensor]], **options: Any) -> torch.Tensor:
+    pl.seed_everything(3, verbose=False)
+    line = Keeps(
+        "line", resolution=3, norm_statistics="estimated", data=data, num_batches=None,
+        max_overhead=None,
+    )  # fmt: skip
+    fitted(Still(with_norm=True), [line], **options)
+    return line.losses
+
+
+class Breaks(Still):
+    """Its step fails on the second rank, away from its own weights."""
+
+    def training_step(self, batch: Any) -> Any:
+        first = self.net[0].weight
+        self.first = first.detach().clone() if not hasattr(self, "first") else self.first
+        if os.environ["RANK"] == "1" and not torch.equal(first, self.first):
+            raise KeyError("broken step")
+        return super().training_step(batch)
+
+
+def on_this_rank() -> tuple[dict[str, Any], torch.Tensor, list[str]]:
     data = uneven_data()[int(os.environ["RANK"])]
-    return measured(data, strategy="ddp", devices=2)
+    two = {"strategy": "ddp", "devices": 2}
+    found = measured(data, **two), refreshed(data, **two)
+    line = Keeps("line", resolution=3, norm_statistics="estimated", data=data, num_batches=None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fitted(Breaks(with_norm=True), [line], **two)
+    told = [str(w.message) for w in caught if "measured nothing" in str(w.message)]
+    return *found, told
 
 
 def test_it_is_that_of_all_samples_together(tmp_path):
     alone = measured([*uneven_data()[0], *uneven_data()[1]], devices=1)
-    ranks = run_in_two_processes(measured_on_this_rank, tmp_path)
-    for together in ranks:
+    with_fresh_statistics = refreshed([*uneven_data()[0], *uneven_data()[1]], devices=1)
+    assert len(set(with_fresh_statistics.tolist())) == 3
+    ranks = run_in_two_processes(on_this_rank, tmp_path)
+    assert "another process" in ranks[0][2][0]  # and none waits for the one that failed
+    for together, fresh, _ in ranks:
+        torch.testing.assert_close(fresh, with_fresh_statistics, rtol=1e-9, atol=0)
         torch.testing.assert_close(together["losses"], alone["losses"], rtol=1e-9, atol=0)
         for tag, value in alone.items():
             if tag.startswith("optkit-") and not tag.endswith("/seconds"):

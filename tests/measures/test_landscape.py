@@ -66,6 +66,25 @@ def test_a_plane_goes_on_where_it_was_left():
     assert len(first) + len(rest) == 81
 
 
+@pytest.mark.parametrize("resolution", [2, 9, 25, 26])
+def test_what_is_known_makes_a_coarse_picture(resolution):
+    planes = list(plane_passes(counted([]), DIRECTIONS, resolution=resolution))
+    seen = {}
+    for plane in planes:
+        found = plane.coarse()
+        if found is None:
+            continue
+        apart, coarse = found
+        assert bool(coarse.known.all())
+        seen[apart] = coarse.losses
+        at = range(resolution)  # the nearest of 0, apart, 2 apart, ...: up where in the middle
+        nearest = [min((k for k in at[::apart]), key=lambda k: (abs(k - i), -k)) for i in at]
+        assert torch.equal(coarse.losses, planes[-1].losses[nearest][:, nearest])
+    first = {2: 1, 9: 2, 25: 4, 26: 4}[resolution]
+    assert list(seen) == [apart for apart in (4, 2, 1) if apart <= first]
+    assert torch.equal(seen[1], planes[-1].losses)
+
+
 def test_the_middle_of_a_plane_is_the_loss_and_nothing_moves():
     before = AT.clone()
     plane = loss_plane(counted([]), DIRECTIONS, resolution=5)
