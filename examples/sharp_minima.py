@@ -4,13 +4,16 @@
 
 Keskar et al. (2017) trained nets with Adam, once with small batches and once with batches of a
 tenth of the data, until both fitted it, and found the large-batch minima sharper. Here two nets
-learn handwritten digits that way, one plain and one with BatchNorm, each until the loss of an epoch
-is below a target, and `Sharpness` measures all kinds at the end, on all training images. The table
-gives each kind for both batches and their ratio; the lines below it are computed from the ratios.
+learn handwritten digits that way, one plain and one with BatchNorm, each until its loss on all
+training images, in eval mode, is below a target, and `Sharpness` measures all kinds at the end, on
+the same images. The table gives each kind for both batches and their ratio; the lines below it are
+computed from the ratios.
 
 With BatchNorm the size of a layer's weights has no part in what the net computes: absolute kinds
 then measure that size too, adaptive ones do not, and the two can order minima differently: look at
-both. `--epochs 40` trains for equally many epochs in place of to an equal loss.
+both. `--epochs 40` trains for equally many epochs in place of to an equal loss. To stop by the loss
+that training itself sees would not do: with BatchNorm it is that of noisy statistics, and a small
+batch would have to fit ten times better than a large one before it is as low.
 
 `--data` takes MNIST in place of scikit-learn's digits, as arrays `train_x`, `train_y`, `test_x` and
 `test_y` in a file for `numpy.load`; 6,000 training images are used, drawn at random: such files
@@ -59,9 +62,11 @@ class Classifier(LightningModule):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         x, y = batch
-        loss = cross_entropy(self(x), y)
-        self.log("training_loss", loss, on_step=False, on_epoch=True)
-        return loss
+        return cross_entropy(self(x), y)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        x, y = batch  # of the training images
+        self.log("fit_loss", cross_entropy(self(x), y), batch_size=len(y))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=1e-3)
@@ -94,19 +99,19 @@ def measured(
     net = Classifier(train.tensors[0].shape[1], batch_norm=batch_norm)
     shuffling = torch.Generator().manual_seed(seed)
     loader = DataLoader(train, batch_size, shuffle=True, drop_last=batch_norm, generator=shuffling)
+    all_images = DataLoader(train, 600)
     sharpness = Sharpness(
-        ("epsilon", "ball", "average", *ADAPTIVE), data=DataLoader(train, 600), num_batches=None,
+        ("epsilon", "ball", "average", *ADAPTIVE), data=all_images, num_batches=None,
         epsilon=1e-3, rho=0.05, num_samples=20, invariance_check=False,
     )  # fmt: skip
-    fitted = EarlyStopping(
-        "training_loss", stopping_threshold=target, patience=1000, check_on_train_epoch_end=True
-    )
+    fitted = EarlyStopping("fit_loss", stopping_threshold=target, patience=1000)
     trainer = Trainer(
         accelerator="cpu", max_epochs=epochs or 1000,
         callbacks=[sharpness] if epochs else [fitted, sharpness], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=0,
     )  # fmt: skip
-    trainer.fit(net, loader)
+    trainer.fit(net, loader, None if epochs else all_images)
     logged = {k.split("/")[-1]: float(v) for k, v in trainer.callback_metrics.items()}
     logged["steps"] = trainer.global_step
     net.eval()
