@@ -112,6 +112,10 @@ def measured(
         num_sanity_val_steps=0,
     )  # fmt: skip
     trainer.fit(net, loader, None if epochs else all_images)
+    if not epochs and not float(trainer.callback_metrics["fit_loss"]) <= target:
+        raise SystemExit(
+            f"The loss did not fall to {target} in 1,000 epochs: give more `--target`."
+        )
     logged = {k.split("/")[-1]: float(v) for k, v in trainer.callback_metrics.items()}
     logged["steps"] = trainer.global_step
     net.eval()
@@ -159,7 +163,7 @@ def verdicts(found: dict[tuple[bool, bool], list[dict[str, float]]]) -> str:
             sides[side].append(kind.replace("_", " "))
         net = "With BatchNorm" if batch_norm else "Without BatchNorm"
         said = [f"{side} by {', '.join(kinds)}" for side, kinds in sides.items() if kinds]
-        lines.append(f"{net} the large batch's minimum is {'; '.join(said)}.")
+        lines.append(f"{net} the large batch ends where it is {'; '.join(said)}.")
     return "\n".join(lines).replace("neither by", "within two standard errors by")
 
 
@@ -177,9 +181,12 @@ def picture(found: dict[tuple[bool, bool], list[dict[str, float]]], title: str) 
             capsize=3, label="with BatchNorm" if batch_norm else "without",
         )  # fmt: skip
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.axvline(len(ABSOLUTE) - 0.5, color="black", linewidth=0.8, linestyle=":")
+    border = len(ABSOLUTE) - 0.5
+    axes.axvline(border, color="black", linewidth=0.8, linestyle=":")
+    for shift, side, label in ((-0.05, "right", "absolute"), (0.05, "left", "adaptive")):
+        axes.text(border + shift, 0.55, label, ha=side, color="0.3")
     axes.set_yscale("log")
-    ticks = [0.25, 0.5, 1, 2, 4, 8]
+    ticks = [0.5, 1, 2, 4, 8, 16]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xticks(range(len(KINDS)), [kind.replace("_", "\n") for kind in KINDS])
@@ -223,8 +230,9 @@ def main() -> None:
         for batch_norm in (False, True)
         for is_large in (False, True)
     }
+    extent = f"for {options.epochs} epochs" if options.epochs else f"to {options.target}"
     title = (
-        f"{len(train):,} images, batches of {SMALL} and {large}, trained to {options.target}; "
+        f"{len(train):,} images, batches of {SMALL} and {large}, trained {extent}; "
         f"mean of {options.seeds} seeds"
     )
     print(f"{title}.\n\n{table(found, large)}\n\n{verdicts(found)}")

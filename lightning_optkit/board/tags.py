@@ -323,11 +323,11 @@ A second ``epsilon`` adds ``epsilon_0.0005`` and its ``_lower``; ``per_batch_siz
 
 
 LANDSCAPE_SCALARS = (
-    Tag("loss", "loss", "loss on the held batches, in the middle of the picture"),
+    Tag("loss", "loss", "loss on the held batches, at the weights of the run"),
     Tag("lowest", "loss", "lowest loss of the picture"),
     Tag("highest", "loss", "highest finite loss of the picture"),
     Tag("num_gaps", "points", "points whose loss is NaN or infinite"),
-    Tag("num_losses", "losses", "losses spent"),
+    Tag("num_losses", "losses", "losses spent, so far in a picture under way"),
     Tag("explained", "share", "share of the path's squared length that its plane explains"),
     Tag("log_radius", "ln parameter", "mean logarithm of the distance to the rim of the basin"),
     Tag("log_radius_standard_error", "ln parameter", "its standard error over directions"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_optkit.bridge.held_batches import HeldBatch
-from lightning_optkit.bridge.probe import Probe
+from lightning_optkit.bridge.probe import Probe, in_full_precision
 from lightning_optkit.bridge.reduce import sum_over_ranks
 from lightning_optkit.bridge.statistics_pass import statistics_of
 from lightning_optkit.measures.errors import CurvatureError
@@ -67,13 +67,17 @@ class _FreshLossesAlong(LossesAlong):
 
     def _loss_at(self, begin: Tensor, direction: Tensor, position: float) -> Tensor:
         self._move(begin, direction, position)
+        params = {name: p.detach().clone() for name, p in self._live.items()}
         total = torch.zeros((), dtype=self._here.dtype, device=self._here.device)
         try:
-            params = self._live | self._statistics(dict(self._live))
+            statistics = self._statistics(params)
         except StatisticsNotFiniteError:
             return total + torch.nan
-        for loss_fn, weight in zip(self._loss_fns, self._weights, strict=True):
-            total += weight * scalar(loss_fn(dict(params)))
+        for p in params.values():  # as where a gradient is taken: a step may ask for it
+            p.requires_grad_()
+        with torch.enable_grad():
+            for loss_fn, weight in zip(self._loss_fns, self._weights, strict=True):
+                total = total + weight * scalar(loss_fn(params | statistics)).detach()
         return total
 
 
@@ -99,9 +103,10 @@ def held_statistics(
                 yield partial(opened.forward, each.batch, i, params)
 
     def statistics(params: dict[str, Tensor]) -> dict[str, Tensor]:
-        return statistics_of(
+        found = statistics_of(
             trainer, pl_module, lambda: _all_or_none(forwards(params), reduce, like=params)
         )
+        return {name: in_full_precision(values) for name, values in found.items()}
 
     return statistics
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
 
 from lightning_optkit.bridge.arguments import is_count, is_number
+from lightning_optkit.bridge.probe import Probe, in_full_precision
 from lightning_optkit.bridge.stored_weights import stored_weights
 from lightning_optkit.measures import HessianOperator
 from lightning_optkit.measures.directions import (
@@ -21,7 +24,7 @@ from lightning_optkit.measures.directions import (
 from lightning_optkit.measures.eigenpairs import top_eigenpairs
 from lightning_optkit.measures.loss_surface import LossSurface
 
-__all__ = ["LandscapeFrame", "Line", "Plane"]
+__all__ = ["LandscapeFrame", "Line", "Plane", "carried_along"]
 
 _KINDS = ("line", "plane")
 _DIRECTIONS = ("random", "trajectory", "hessian", "init")
@@ -77,7 +80,7 @@ class LandscapeFrame:
     def __init__(
         self,
         kind: str,
-        directions: str | Sequence[str],
+        directions: str | Path | Sequence[str | Path],
         *,
         resolution: int,
         span: float,
@@ -144,12 +147,37 @@ class LandscapeFrame:
             return Plane(self._random(surface, 2), square, None)
         if self.directions == "hessian":
             return Plane(self._eigenvectors(operator, 2), square, None)
-        here = surface.vector()
+        here = surface.vector().cpu()
         points = [point.to(here.dtype) for point in path]
         points += [_stored(path, surface).cpu() for path in self.checkpoints]
-        trajectory = trajectory_plane([*points, here.cpu()])
+        num_weights = operator.num_parameters  # which alone have a say in where the plane lies
+        trajectory = trajectory_plane([point[:num_weights] for point in (*points, here)])
+        directions = trajectory.directions
+        if len(here) > num_weights:
+            ways = torch.stack(points).double() - here.double()
+            shares = torch.linalg.lstsq(ways[:, :num_weights].T, directions.double().T).solution
+            directions = shares.T @ ways
         span = _around(trajectory.path, self._span)
-        return Plane(trajectory.directions.to(here), span, trajectory)
+        return Plane(directions.to(surface.vector()), span, trajectory)
+
+    def require_that_it_fits(self, pl_module: nn.Module, names: Sequence[str]) -> None:
+        """Refuse what cannot be drawn of a module, before the first step.
+
+        Raises:
+            ValueError: if a checkpoint is of another module.
+            MisconfigurationException: if all random directions would be zero.
+        """
+        own = dict(pl_module.named_parameters()) | _others(pl_module)
+        like = {name: own[name] for name in (*names, *_others(pl_module))}
+        for path in self.checkpoints:
+            stored_weights(path, like)
+        is_normalized = self.directions == "random" and self._normalization != "none"
+        if is_normalized and all(own[name].ndim < 2 for name in names):
+            raise MisconfigurationException(
+                "`normalization` must be 'none' where no parameter is a matrix, got "
+                f"{self._normalization!r}, which leaves biases and norm layers where they are: "
+                "nothing would move."
+            )
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self._seed)
@@ -170,11 +198,53 @@ class LandscapeFrame:
         return top.vectors[:num_vectors] * operator.parameter_norm()
 
 
+def carried_along(
+    pl_module: nn.Module, probe: Probe, names: Sequence[str], checkpoints: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return what else changes on the way to checkpoints: their nets are more than their weights.
+
+    Frozen parameters, running statistics and other buffers of numbers that are finite at all ends
+    and not the same at all. Trainable parameters that were not chosen stay.
+
+    Args:
+        pl_module: the module.
+        probe: open on it.
+        names: of the parameters that the directions are in.
+        checkpoints: their paths.
+    """
+    own = dict(pl_module.named_parameters())
+    whole = probe.parameters([name for name in own if not own[name].requires_grad])
+    others = {
+        name: in_full_precision(whole.get(name, tensor.detach()))
+        for name, tensor in _others(pl_module).items()
+        if name not in names
+    }
+    ends = [others, *(stored_weights(path, others) for path in checkpoints)]
+    return {
+        name: tensor
+        for name, tensor in others.items()
+        if all(bool(torch.isfinite(end[name]).all()) for end in ends)
+        and not all(torch.equal(end[name], tensor) for end in ends)
+    }
+
+
+def _others(pl_module: nn.Module) -> dict[str, Tensor]:
+    """Return frozen parameters and buffers of numbers, as far as a checkpoint holds them."""
+    stored = pl_module.state_dict().keys()
+    found: dict[str, Tensor] = {
+        n: p for n, p in pl_module.named_parameters() if not p.requires_grad
+    }
+    found |= dict(pl_module.named_buffers())
+    return {n: t for n, t in found.items() if t.is_floating_point() and n in stored}
+
+
 def _paths_of(directions: object) -> tuple[str, ...]:
     """Return the checkpoints among directions: none of those that have a name."""
-    if isinstance(directions, str):
-        return () if directions in _DIRECTIONS else (directions,)
-    if not isinstance(directions, Sequence) or not all(isinstance(p, str) for p in directions):
+    if isinstance(directions, (str, Path)):
+        return () if directions in _DIRECTIONS else (str(directions),)
+    if not isinstance(directions, Sequence) or not all(
+        isinstance(path, (str, Path)) for path in directions
+    ):
         raise TypeError(
             f"`directions` must be one of {', '.join(map(repr, _DIRECTIONS))}, the path of a "
             f"checkpoint or a list of such paths, got {directions!r}."
@@ -184,14 +254,15 @@ def _paths_of(directions: object) -> tuple[str, ...]:
             f"`directions` must be at least two checkpoints, got {list(directions)}. For the line "
             "from here to one, write its path alone."
         )
-    return tuple(directions)
+    return tuple(map(str, directions))
 
 
 def _require_that_they_fit(kind: str, directions: object, num_checkpoints: int) -> None:
     if kind == "plane" and (directions == "init" or num_checkpoints == 1):
         raise ValueError(
             f"`kind` must be 'line' where `directions` is {directions!r}: two points span a "
-            "line. Write `kind='line'`, or give the paths of two checkpoints."
+            "line. Write `kind='line'`, or give the paths of two checkpoints, or one of 'random', "
+            "'trajectory' and 'hessian'."
         )
     if kind == "line" and num_checkpoints > 2:
         raise ValueError(

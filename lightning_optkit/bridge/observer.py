@@ -58,13 +58,20 @@ class Observer(MeasuringCallback, ABC, Generic[Result]):
         """Return the figures to draw at the end of training, by name within the topic."""
         return {}
 
-    def report_early(self, trainer: pl.Trainer, result: Result) -> None:
-        """Report the arrays of a measurement under way, in whose place those of the whole come."""
+    def report_early(self, trainer: pl.Trainer, result: Result, scalars: dict[str, float]) -> None:
+        """Report the arrays of a measurement under way, in whose place those of the whole come.
+
+        Args:
+            trainer: the Trainer.
+            result: what is known.
+            scalars: by name, from which to see that it is not the whole.
+        """
         step, loggers = self._under_way
         muted, trainer.loggers = trainer.loggers, loggers
         try:
             with self._warning_once(step):  # on rank zero only: others must not wait for it
-                report(trainer, step=step, arrays=self._tagged(self.arrays(result)))
+                arrays = self._tagged(self.arrays(result))
+                report(trainer, step=step, scalars=self._tagged(scalars), arrays=arrays)
         finally:
             trainer.loggers = muted
 

@@ -44,6 +44,7 @@ __all__ = [
     "Probe",
     "ProbeError",
     "StepLossFn",
+    "in_full_precision",
     "is_probing",
     "probing",
     "require_batch_step",
@@ -108,6 +109,7 @@ class Probe:
         self._loss_fn = loss_fn
         self._loss_index = loss_index
         self._seed = seed
+        self._is_open = False
         self._captured = CapturedLosses(loss_index)  # while the step is held
         self._held_at: tuple[dict[str, Tensor], Snapshot] | None = None
         self._originals: dict[str, Tensor] = {}
@@ -134,10 +136,12 @@ class Probe:
             self._snapshot = Snapshot(*self._roots)
             stack.callback(self._snapshot.restore)
             self._stack = stack.pop_all()
+        self._is_open = True
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Put everything back."""
+        self._is_open = False
         self._stack.close()
 
     def parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -171,7 +175,7 @@ class Probe:
         if not self._copies:
             self._originals = {name: whole(p) for name, p in self._module.named_parameters()}
             self._copies = {
-                name: _in_full_precision(p.clone()) for name, p in self._originals.items()
+                name: in_full_precision(p.clone()) for name, p in self._originals.items()
             }
 
     def backward(self, batch: Any, batch_idx: int = 0, *, weight: float = 1.0) -> Tensor:
@@ -219,6 +223,9 @@ class Probe:
         try:
             with sharding_hidden(self._module):
                 self._prepare(self._captured)
+                for name, p in self._module.named_parameters():  # which a step may ask for
+                    if name in parameters:
+                        parameters[name].requires_grad_(p.requires_grad)
                 substitutes = self._own_buffers() | others | dict(parameters)
                 with tensors_replaced(self._module, substitutes):
                     snapshot = Snapshot(*self._roots, skip=parameters.values())
@@ -226,8 +233,9 @@ class Probe:
                     yield snapshot
         finally:
             self._held_at = None
-            self._snapshot.restore()
-            self._repair_parameters()
+            if self._is_open:  # else all is back already, and training may have gone on
+                self._snapshot.restore()
+                self._repair_parameters()
 
     def _held_loss(self, snapshot: Snapshot, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch while the step is held."""
@@ -278,13 +286,13 @@ class Probe:
     def _own_buffers(self) -> dict[str, Tensor]:
         """Return buffers that a step may write into."""
         return {
-            name: _in_full_precision(buffer.detach().clone())
+            name: in_full_precision(buffer.detach().clone())
             for name, buffer in self._module.named_buffers()
         }
 
     def _step_on(self, batch: Any, batch_idx: int) -> Any:
         seed_global_generators(self._seed + batch_idx)
-        own_batch = apply_to_collection(_copied(batch), Tensor, _in_full_precision)
+        own_batch = apply_to_collection(_copied(batch), Tensor, in_full_precision)
         try:
             if self._loss_fn is not None:
                 return self._loss_fn(self._module, own_batch)
@@ -310,7 +318,7 @@ class Probe:
     def _repair_parameters(self) -> None:
         """Undo what a step wrote into our copies: a target network's average, a clipped weight."""
         for name, original in self._originals.items():
-            put_back(self._copies[name], _in_full_precision(original))
+            put_back(self._copies[name], in_full_precision(original))
 
 
 def select_parameters(
@@ -396,8 +404,8 @@ def _loss_of(output: Any, captured: CapturedLosses, module: pl.LightningModule) 
         )
     if loss.numel() != 1:
         raise ProbeError(
-            f"`training_step` must return a scalar loss, got the shape {tuple(loss.shape)}. Reduce "
-            "it with `.mean()`, or pass `loss_fn=(pl_module, batch) -> loss`."
+            "`training_step` or `loss_fn` must return a scalar loss, got the shape "
+            f"{tuple(loss.shape)}. Reduce it with `.mean()`."
         )
     return loss.reshape(())
 
@@ -440,7 +448,8 @@ def _are_plain_tensors(leaves: list[Any]) -> bool:
     return len(memories) == len(leaves) and not any(t.requires_grad for t in leaves)
 
 
-def _in_full_precision(tensor: Tensor) -> Tensor:
+def in_full_precision(tensor: Tensor) -> Tensor:
+    """Return a half-precision tensor in float32; any other as it is."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 

@@ -54,15 +54,21 @@ class RunTrajectory:
         """Forget an earlier run, in ``setup``."""
         self._path = None
 
-    def start(self, pl_module: pl.LightningModule, names: list[str]) -> None:
-        """Take the weights before the first step, in ``on_train_start``.
+    def start(self, pl_module: pl.LightningModule, names: list[str], num_steps: int) -> None:
+        """Take the weights before the first step, in ``on_train_start``, so many steps on.
 
         Raises:
-            MisconfigurationException: if fewer than four points fit into the budget.
+            MisconfigurationException: if fewer than four points fit into the budget, or the path of
+                the run that is resumed is of other parameters.
         """
-        if self._path is not None:  # of the run that is resumed
-            return
         weights = flat_weights(pl_module, names)
+        if self._path is not None:  # of the run that is resumed
+            if len(self._path.points[0]) != len(weights):
+                raise MisconfigurationException(
+                    f"`parameters` must be those of the run that is resumed, whose path has "
+                    f"{len(self._path.points[0]):,} coordinates, got {len(weights):,}."
+                )
+            return
         size = weights.numel() * weights.element_size()
         if 4 * size > self._max_bytes:
             raise MisconfigurationException(
@@ -70,7 +76,7 @@ class RunTrajectory:
                 f" bytes, got {self._max_bytes:,}. Give more, or choose fewer `parameters`."
             )
         self._path = Trajectory(min(_MAX_POINTS, self._max_bytes // size))
-        self._path.take(0, weights)
+        self._path.take(num_steps, weights)
 
     def after_step(self, pl_module: pl.LightningModule, names: list[str], num_steps: int) -> None:
         """Take the weights if they are due, with so many steps behind them."""

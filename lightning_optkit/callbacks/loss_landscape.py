@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,17 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
 from lightning_optkit.board import tags
 from lightning_optkit.bridge.arguments import is_count, is_number
 from lightning_optkit.bridge.cadence import Cadence, logger_step
 from lightning_optkit.bridge.fresh_statistics import FreshStatisticsSurface, held_statistics
-from lightning_optkit.bridge.landscape_frame import LandscapeFrame
+from lightning_optkit.bridge.landscape_frame import LandscapeFrame, Plane, carried_along
 from lightning_optkit.bridge.observer import Observer
 from lightning_optkit.bridge.probe import Probe, StepLossFn
 from lightning_optkit.bridge.run_trajectory import RunTrajectory
-from lightning_optkit.bridge.stored_weights import stored_weights
 from lightning_optkit.bridge.trainer_progress import shown_progress
 from lightning_optkit.measures import HessianOperator
 from lightning_optkit.measures.basin import BasinRadius, basin_radius
@@ -47,7 +46,7 @@ class LandscapeReport:
 
     Attributes:
         picture: the losses.
-        loss: in its middle.
+        loss: at the weights of the run.
         basin: the distance to the rim, if asked for.
         trajectory: the path and its plane, where directions are those of the path.
         path_steps: steps of training behind each point of that path; else empty.
@@ -74,10 +73,10 @@ class LossLandscape(Observer[LandscapeReport]):
         directions: ``"random"``, filter-normalized; ``"trajectory"``, the plane of the two
             principal components of the path of training, with the path in it; ``"hessian"``, the
             eigenvectors of the two largest eigenvalues, as long as the weights; ``"init"``, the
-            line from the weights before training to those now; or the path of a checkpoint, for
-            the line from here to there; or the paths of two, for the line from the first to the
-            second, or of two or more for the plane through them and the weights now (of more, the
-            plane nearest to them).
+            line from the weights at the start of this run to those now; or the path of a
+            checkpoint, for the line from here to there; or the paths of two, for the line from the
+            first to the second, or of two or more for the plane through them and the weights now
+            (of more, the plane nearest to them).
         resolution: points of a line, or along either side of a plane; odd, and the weights are one
             of them.
         span: how far to go either way, in multiples of a direction; of a trajectory, in multiples
@@ -94,8 +93,8 @@ class LossLandscape(Observer[LandscapeReport]):
         mode: ``"eval"`` (dropout off, running statistics of BatchNorm) or ``"train"``, in which
             BatchNorm takes each batch's own statistics at every point.
         norm_statistics: ``"kept"``: running statistics are those of the weights in the middle, and
-            go along to the weights of checkpoints; or ``"estimated"``: of all held batches, anew at
-            every point, which doubles the passes.
+            go along to checkpoints, as frozen weights and buffers do; or ``"estimated"``: of all
+            held batches, anew at every point, which doubles the passes.
         loss_fn: ``(pl_module, batch) -> loss`` in place of ``training_step``.
         data: a ``DataLoader`` or batches in place of the training dataloader.
         seed: seeds the choice of batches and directions.
@@ -112,8 +111,9 @@ class LossLandscape(Observer[LandscapeReport]):
 
     Cost:
         ``resolution`` losses for a line, its square for a plane, on ``num_batches`` batches: a
-        forward pass of the step each, and some milliseconds to leave no trace of it. About 300
-        losses for ``basin_rise``; 10 to 40 Hessian-vector products for ``"hessian"``.
+        forward pass of the step each, and a millisecond or two to leave no trace of it; twice as
+        many passes with ``norm_statistics="estimated"``. About 300 losses for ``basin_rise``; 10
+        to 40 Hessian-vector products for ``"hessian"``.
 
     When it misleads:
         A plane is two directions of a million: what it shows as a bowl may be a saddle. Random
@@ -129,7 +129,7 @@ class LossLandscape(Observer[LandscapeReport]):
     def __init__(
         self,
         kind: Literal["line", "plane"] = "plane",
-        directions: str | Sequence[str] = "random",
+        directions: str | Path | Sequence[str | Path] = "random",
         *,
         resolution: int = 25,
         span: float = 1.0,
@@ -210,14 +210,13 @@ class LossLandscape(Observer[LandscapeReport]):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if self._frame.follows_path:
-            self._path.start(pl_module, self.parameter_names(pl_module))
+            self._path.start(pl_module, self.parameter_names(pl_module), trainer.global_step)
         if self._norm_statistics == "estimated" and not tracking_layers(pl_module):
             rank_zero_warn(
                 f"`{type(self).__name__}(norm_statistics='estimated')` found no layer with running "
                 "statistics: the picture is the same without."
             )
-        for path in self._frame.checkpoints:  # what does not fit is told before the first step
-            stored_weights(path, self._parameters_and_statistics(pl_module))
+        self._frame.require_that_it_fits(pl_module, self.parameter_names(pl_module))
 
     def on_train_batch_end(
         self,
@@ -244,55 +243,61 @@ class LossLandscape(Observer[LandscapeReport]):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, probe: Probe
     ) -> LandscapeReport:
         """Return the losses of the picture on the held batches."""
-        terms = self.loss_terms(trainer, probe, self.parameter_names(pl_module))
+        names = self.parameter_names(pl_module)
+        terms = self.loss_terms(trainer, probe, names)
         operator = HessianOperator(**terms)
-        refreshed = partial(self._refreshed, trainer, pl_module)
-        surface = around = refreshed(operator)
-        if self._frame.checkpoints:  # running statistics go along to other weights
-            surface = refreshed(_with_buffers(terms, pl_module))
-        found = LandscapeReport(
-            LossLine(torch.empty(0), torch.empty(0)),
-            float(around.value()),
-            None,
-            None,
-            (*self._path.steps, _num_steps(trainer)) if self._frame.follows_path else (),
-            self._frame.num_points,
-            int(operator.total_weight),
-        )
+        around = self._refreshed(trainer, pl_module, operator)
+        surface = around
+        if self._frame.checkpoints:  # over what else is other in them, too
+            others = carried_along(pl_module, probe, names, self._frame.checkpoints)
+            terms |= {"params": terms["params"] | others}
+            terms.pop("graphs")
+            surface = self._refreshed(trainer, pl_module, LossSurface(**terms))
+        loss = float(around.value())
+        path = self._path.points
+        steps = (*self._path.steps, _num_steps(trainer)) if self._frame.follows_path else ()
+        trajectory = None
+        picture: LossLine | LossPlane
         if self._frame.kind == "line":
-            line = self._frame.line(operator, surface, self._path.points)
-            found = replace(found, picture=loss_line(line.surface, line.direction, line.positions))
+            line = self._frame.line(operator, surface, path)
+            picture = loss_line(line.surface, line.direction, line.positions)
         else:
-            plane = self._frame.plane(operator, surface, self._path.points)
-            found = replace(found, trajectory=plane.trajectory)
-            with shown_progress(trainer, type(self).__name__, self._frame.num_points) as tell:
-                passes = plane_passes(
-                    surface, plane.directions, resolution=self._frame.resolution, span=plane.span
-                )
-                for picture in self._shown_early(trainer, passes, found):
-                    tell(int(picture.known.sum()))
-            found = replace(found, picture=picture)
-        return self._with_basin(found, around)
+            plane = self._frame.plane(operator, surface, path)
+            trajectory = plane.trajectory
+            picture = self._drawn(trainer, surface, plane, steps)
+        basin = self._basin(around, loss)
+        num_losses = self._frame.num_points + (0 if basin is None else basin.num_losses)
+        num_samples = int(operator.total_weight)
+        return LandscapeReport(picture, loss, basin, trajectory, steps, num_losses, num_samples)
 
-    def _shown_early(
-        self, trainer: pl.Trainer, passes: Iterator[LossPlane], found: LandscapeReport
-    ) -> Iterator[LossPlane]:
-        """Report coarse pictures between passes where the whole takes long."""
+    def _drawn(
+        self, trainer: pl.Trainer, surface: LossSurface, plane: Plane, steps: tuple[int, ...]
+    ) -> LossPlane:
+        """Return the losses of a plane; coarse ones are reported early where it takes long."""
         last, due = 0, time.monotonic() + _EARLY_SECONDS
-        for picture in passes:
-            if time.monotonic() >= due and (coarse := picture.coarse()) is not None:
-                apart, plane = coarse
-                if apart not in (last, 1):
-                    self.report_early(trainer, replace(found, picture=plane))
-                    last, due = apart, time.monotonic() + _EARLY_SECONDS
-            yield picture
+        passes = plane_passes(
+            surface, plane.directions, resolution=self._frame.resolution, span=plane.span
+        )
+        # Closed before the probe is, also if Ctrl-C comes between two passes.
+        shown = shown_progress(trainer, type(self).__name__, self._frame.num_points)
+        with shown as tell, closing(passes):
+            for picture in passes:
+                num_known = int(picture.known.sum())
+                tell(num_known)
+                coarse = picture.coarse() if time.monotonic() >= due else None
+                if coarse is not None and coarse[0] not in (last, 1):
+                    found = LandscapeReport(
+                        coarse[1], math.nan, None, plane.trajectory, steps, num_known, 0
+                    )
+                    self.report_early(trainer, found, {"num_losses": num_known})
+                    last, due = coarse[0], time.monotonic() + _EARLY_SECONDS
+        return picture
 
-    def _with_basin(self, found: LandscapeReport, surface: LossSurface) -> LandscapeReport:
-        if self._basin_rise is None:
-            return found
+    def _basin(self, surface: LossSurface, loss: float) -> BasinRadius | None:
+        if self._basin_rise is None or not math.isfinite(loss):
+            return None
         generator = torch.Generator().manual_seed(self._seed)  # the same at each picture and rank
-        basin = basin_radius(surface, rise=self._basin_rise, generator=generator)
-        return replace(found, basin=basin, num_losses=found.num_losses + basin.num_losses)
+        return basin_radius(surface, rise=self._basin_rise, generator=generator)
 
     def scalars(self, result: LandscapeReport) -> dict[str, float]:
         """Return those of :data:`~lightning_optkit.board.tags.LANDSCAPE_SCALARS` that are defined.
@@ -365,27 +370,6 @@ class LossLandscape(Observer[LandscapeReport]):
         make_probe = partial(self._probe, trainer, pl_module)
         statistics = held_statistics(trainer, pl_module, self.held_batches, make_probe)
         return FreshStatisticsSurface(surface, statistics)
-
-    def _parameters_and_statistics(self, pl_module: pl.LightningModule) -> dict[str, Tensor]:
-        params = dict(pl_module.named_parameters())
-        chosen = {name: params[name] for name in self.parameter_names(pl_module)}
-        return chosen | _float_buffers(pl_module)
-
-
-def _with_buffers(terms: dict[str, Any], pl_module: pl.LightningModule) -> LossSurface:
-    """Return the loss of parameters and running statistics."""
-    params = terms["params"] | _float_buffers(pl_module)
-    return LossSurface(terms["loss_fn"], params, weights=terms["weights"], reduce=terms["reduce"])
-
-
-def _float_buffers(pl_module: pl.LightningModule) -> dict[str, Tensor]:
-    """Return the running statistics that a line takes along, by name."""
-    stored = pl_module.state_dict().keys()
-    return {
-        name: buffer.detach().float() if buffer.dtype.itemsize < 4 else buffer.detach()
-        for name, buffer in pl_module.named_buffers()
-        if buffer.is_floating_point() and name in stored
-    }
 
 
 def _num_steps(trainer: pl.Trainer) -> int:

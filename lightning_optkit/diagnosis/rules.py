@@ -386,7 +386,23 @@ def nothing_mixed(evidence: Evidence) -> Alert | None:
 
 
 def gaps_in_the_landscape(evidence: Evidence) -> Alert | None:
-    """Points of the loss landscape that are no numbers: arithmetic."""
+    """Points of the loss landscape that are no numbers, or were not computed: arithmetic."""
+    picture, spent = (
+        evidence.array(tags.LANDSCAPE, tags.LANDSCAPE_LOSSES),
+        evidence.last(tags.LANDSCAPE, "num_losses"),
+    )
+    if picture is not None and spent is not None and spent[1] < picture.arrays[-1].size:
+        return Alert(
+            "info",
+            "gaps_in_the_landscape",
+            "The last landscape was not finished",
+            f"{spent[1]:,.0f} of its {picture.arrays[-1].size:,} points were computed; blocks have "
+            "the loss of the nearest.",
+            "Let the run end, or draw fewer points: a smaller `resolution`.",
+            "certified",
+            spent[0],
+            (tags.tag(tags.LANDSCAPE, "num_losses"),),
+        )
     gaps = evidence.last(tags.LANDSCAPE, "num_gaps")
     if gaps is None or gaps[1] == 0:
         return None

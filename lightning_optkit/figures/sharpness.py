@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,7 @@ def _draw(
     errors = [h[f"{kind}_standard_error"] for h in history if f"{kind}_standard_error" in h]
     if len(errors) == len(x):
         axes.errorbar(x, y, yerr=[2 * e for e in errors], color=color, linestyle="", capsize=2)
-    axes.set_ylim(min(0.0, *y), 1.2 * max(*y, 1e-12))
+    finite = [value for value in y if math.isfinite(value)]
+    axes.set_ylim(min([0.0, *finite]), 1.2 * max([*finite, 1e-12]))
     axes.yaxis.set_major_locator(MaxNLocator(3))
     axes.spines[["top", "right"]].set_visible(False)

@@ -27,7 +27,7 @@ def ball_maximum(
     from :math:`\delta = 0`: with one step that of sharpness-aware minimization. Where f is convex
     its value does not fall from one step to the next, and on a quadratic they are the power method.
     A stationary start is left in a random direction. Each step gives a lower bound of the maximum;
-    the largest is returned.
+    the largest is returned, or infinity where a value on the way is infinite or NaN.
 
     Args:
         value_and_gradient: f and its gradient at an offset of shape ``(n,)``.
@@ -48,5 +48,5 @@ def ball_maximum(
             found = value(offset)
         else:
             found, gradient = value_and_gradient(offset)
-        best = max(best, found) if math.isfinite(found) else best
+        best = max(best, found) if math.isfinite(found) else math.inf
     return best

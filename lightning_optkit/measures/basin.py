@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_optkit.measures.directions import Normalization, random_directions
+from lightning_optkit.measures.errors import CurvatureError
 from lightning_optkit.measures.loss_surface import LossSurface
 from lightning_optkit.measures.losses_along import LossesAlong
 
@@ -81,6 +82,7 @@ def basin_radius(
 
     Raises:
         ValueError: if an argument is out of range.
+        CurvatureError: if the loss is not finite.
 
     Example:
         >>> import torch
@@ -103,6 +105,8 @@ def basin_radius(
     radii = []
     guess = 1.0
     loss = float(surface.value())
+    if not math.isfinite(loss):
+        raise CurvatureError(f"The loss at the parameters must be finite, got {loss}.")
     with surface.along() as losses_along:
         search = _RimSearch(losses_along, loss + rise)
         for _ in range(num_directions):

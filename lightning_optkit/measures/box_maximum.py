@@ -24,12 +24,14 @@ class BoxMaximum:
         corners: the best corner, by the signs of gradients.
         quasi_newton: L-BFGS-B from the centre.
         num_evaluations: values with gradients.
+        num_not_finite: how many of them, or of their gradients, were infinite or NaN.
     """
 
     value: float
     corners: float
     quasi_newton: float
     num_evaluations: int
+    num_not_finite: int
 
 
 def box_maximum(
@@ -71,6 +73,7 @@ def box_maximum(
         best_corner,
         best_found,
         counted.num_evaluations,
+        counted.num_not_finite,
     )
 
 
@@ -80,12 +83,16 @@ class _Counted:
     def __init__(self, function: ValueAndGradient) -> None:
         self._function = function
         self.num_evaluations = 0
+        self.num_not_finite = 0
 
     def __call__(self, point: Tensor) -> tuple[float, Tensor]:
         self.num_evaluations += 1
         value, gradient = self._function(point)
         is_finite = np.isfinite(value) and bool(torch.isfinite(gradient).all())
-        return (value, gradient) if is_finite else (-np.inf, torch.zeros_like(gradient))
+        if is_finite:
+            return value, gradient
+        self.num_not_finite += 1
+        return -np.inf, torch.zeros_like(gradient)
 
 
 def _best_corner(

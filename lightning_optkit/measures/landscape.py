@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,18 +55,19 @@ class LossPlane:
         return int((self.known & ~torch.isfinite(self.losses)).sum())
 
     def coarse(self) -> tuple[int, LossPlane] | None:
-        """Return a picture of what is known so far, whole but coarse.
+        """Return a picture of what is known so far, whole but coarse, to look at.
 
         Returns:
             How many points apart, and the plane in which each point has the loss of the nearest in
-            the finest grid that is all known; ``None`` where not even the coarsest is.
+            the finest grid that is all known, and ``known`` still says which were computed;
+            ``None`` where not even the coarsest is.
         """
         for apart in reversed(_strides(len(self.x))):
             if bool(self.known[::apart, ::apart].all()):
                 nearest = (torch.arange(len(self.x)) + apart // 2) // apart * apart
                 nearest = nearest.clamp(max=(len(self.x) - 1) // apart * apart)
                 losses = self.losses[nearest][:, nearest]
-                return apart, LossPlane(self.x, self.y, losses, torch.ones_like(self.known))
+                return apart, LossPlane(self.x, self.y, losses, self.known)
         return None
 
 
@@ -77,6 +78,9 @@ def loss_line(surface: LossSurface, direction: Tensor, positions: Tensor) -> Los
         surface: the loss.
         direction: shape ``(n,)``; to another point, the difference of the two.
         positions: shape ``(points,)``; 0 is the parameters.
+
+    Raises:
+        ValueError: if the direction has another shape.
 
     Example:
         >>> import torch
@@ -90,6 +94,11 @@ def loss_line(surface: LossSurface, direction: Tensor, positions: Tensor) -> Los
         I. J. Goodfellow et al., "Qualitatively characterizing neural network optimization
         problems", 2015, section 3.
     """
+    if direction.shape != (surface.num_parameters,):
+        raise ValueError(
+            f"`direction` must have the shape ({surface.num_parameters},) of all parameters, got "
+            f"{tuple(direction.shape)}."
+        )
     with surface.along() as losses_along:
         losses = losses_along(direction, positions.tolist())
     return LossLine(positions.double(), losses.double().cpu())
@@ -131,11 +140,12 @@ def plane_passes(
     resolution: int = 25,
     span: float | tuple[float, float, float, float] = 1.0,
     known: LossPlane | None = None,
-) -> Iterator[LossPlane]:
+) -> Generator[LossPlane, None, None]:
     """Yield the plane after each row of points, coarse grids first.
 
     The first pass looks at every eighth point or so either way, each later one halves the distance,
-    and no point is computed twice. What is there after a pass is a picture already.
+    and no point is computed twice. What is there after a pass is a picture already. To stop early,
+    close the generator (``contextlib.closing``): it holds the losses prepared.
 
     Args:
         surface: the loss.
@@ -143,11 +153,24 @@ def plane_passes(
         resolution: as for :func:`loss_plane`.
         span: as for :func:`loss_plane`.
         known: an unfinished plane of the same grid to go on with.
+
+    Raises:
+        ValueError: if an argument is out of range, or what is known is of another grid.
     """
     x, y = _axes(resolution, span)
+    if directions.shape != (2, surface.num_parameters):
+        raise ValueError(
+            f"`directions` must have the shape (2, {surface.num_parameters}), got "
+            f"{tuple(directions.shape)}."
+        )
     losses = torch.full((resolution, resolution), math.nan, dtype=torch.float64)
     done = torch.zeros(resolution, resolution, dtype=torch.bool)
     if known is not None:
+        if not (torch.equal(known.x, x) and torch.equal(known.y, y)):
+            raise ValueError(
+                "`known` must be a plane of the same `resolution` and `span`, got one of "
+                f"{len(known.x)} points from {float(known.x[0])} to {float(known.x[-1])}."
+            )
         losses, done = known.losses.clone(), known.known.clone()
     yield LossPlane(x, y, losses.clone(), done.clone())
     with surface.along() as losses_along:
@@ -165,10 +188,15 @@ def plane_passes(
 def _axes(
     resolution: int, span: float | tuple[float, float, float, float]
 ) -> tuple[Tensor, Tensor]:
-    if isinstance(resolution, bool) or resolution < 2:
+    if not isinstance(resolution, int) or isinstance(resolution, bool) or resolution < 2:
         raise ValueError(f"`resolution` must be an integer of at least 2, got {resolution!r}.")
-    ends = span if isinstance(span, tuple) else (-span, span, -span, span)
-    if not all(math.isfinite(end) for end in ends) or ends[0] >= ends[1] or ends[2] >= ends[3]:
+    ends = tuple(span) if isinstance(span, Sequence) else (-span, span, -span, span)
+    if (
+        len(ends) != 4
+        or not all(map(math.isfinite, ends))
+        or ends[0] >= ends[1]
+        or ends[2] >= ends[3]
+    ):
         raise ValueError(
             f"`span` must be a positive number, or `(x0, x1, y0, y1)` in growing order, got {span}."
         )

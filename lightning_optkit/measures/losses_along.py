@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -38,7 +39,8 @@ class LossesAlong:
 
     The parameters have tensors of their own here, which each point is written into, and a loss
     function that has ``holding`` prepares for them once. Nothing else may be asked of the same
-    losses while the context is open.
+    losses while the context is open. No graph is kept, unless a loss function differentiates
+    within, as for a gradient penalty.
 
     Args:
         loss_fns: one for each batch.
@@ -59,12 +61,17 @@ class LossesAlong:
         self._weights = weights
         self._reduce = reduce
         self._here = flat([p.detach() for p in params.values()], params)
+        # Each point is written into one vector. The tensors that the losses see are other objects
+        # on its memory, as long as a step gives them no new data; those of another dtype have their
+        # own, and are copied to.
         self._point = self._here.clone()
         parts = self._point.split([p.numel() for p in params.values()])
         self._parts = [part.view(p.shape) for part, p in zip(parts, params.values(), strict=True)]
         self._live = {
-            name: part.to(p) for part, (name, p) in zip(self._parts, params.items(), strict=True)
+            name: part.detach().to(p)
+            for part, (name, p) in zip(self._parts, params.items(), strict=True)
         }
+        self._needs_graph = False  # for a step that differentiates within
         self._losses: list[Callable[[], Any]] = []
         self._stack = ExitStack()
 
@@ -94,7 +101,7 @@ class LossesAlong:
         found = torch.zeros(len(positions) + 1, dtype=begin.dtype, device=begin.device)
         failure: Exception | None = None
         try:
-            with full_precision(begin.device.type), torch.no_grad():
+            with full_precision(begin.device.type):
                 for i, position in enumerate(positions):
                     found[i] = self._loss_at(begin, direction, float(position))
         except Exception as error:
@@ -115,14 +122,26 @@ class LossesAlong:
             self._losses = opened
         total = torch.zeros((), dtype=self._here.dtype, device=self._here.device)
         for loss, weight in zip(self._losses, self._weights, strict=True):
-            self._move(begin, direction, position)  # anew: a step may write into its parameters
-            total += weight * scalar(loss())
+            move = partial(self._move, begin, direction, position)
+            total += weight * self._computed(loss, move)
         return total
 
+    def _computed(self, loss: Callable[[], Any], move: Callable[[], None]) -> Tensor:
+        move()  # anew for each: a step may write into its parameters
+        try:
+            with torch.set_grad_enabled(self._needs_graph):
+                return scalar(loss()).detach()
+        except RuntimeError:
+            if self._needs_graph:
+                raise
+        self._needs_graph = True  # only an error like that of `autograd.grad` is gone then
+        return self._computed(loss, move)
+
+    @torch.no_grad()
     def _move(self, begin: Tensor, direction: Tensor, position: float) -> None:
         torch.add(begin, direction, alpha=position, out=self._point)
         for tensor, part in zip(self._live.values(), self._parts, strict=True):
-            if tensor.data_ptr() != part.data_ptr():  # of another dtype, or a step gave it new data
+            if tensor.data_ptr() != part.data_ptr():
                 tensor.copy_(part)
 
 

@@ -47,6 +47,9 @@ class ModuleLoss:
     @contextmanager
     def holding(self, params: Mapping[str, Tensor]) -> Iterator[Callable[[], Any]]:
         """Yield the loss at what these very tensors hold when it is called, for many points."""
+        own = dict(self._module.named_parameters(remove_duplicate=False))
+        for name in params.keys() & own.keys():  # which a loss may ask for
+            params[name].requires_grad_(own[name].requires_grad)
         with tensors_replaced(self._module, params):
             yield partial(self._loss, self._module)
 

@@ -109,7 +109,8 @@ def epsilon_sharpness(
     with A the identity, or n × p with independent N(0, 1) entries (columns of length 1, which some
     take, give values hundreds of times smaller). The maximum is searched by
     :func:`~lightning_optkit.measures.box_maximum.box_maximum`: φ is a lower bound, the two ways of
-    which are reported beside it.
+    which are reported beside it. Where a loss in the box is infinite or NaN, φ is infinite, and the
+    two ways tell the largest finite ones.
 
     Args:
         surface: the loss.
@@ -166,7 +167,7 @@ def epsilon_sharpness(
         return 100 * (max(largest, loss) - loss) / (1 + loss)
 
     return EpsilonSharpness(
-        phi(most.value),
+        math.inf if most.num_not_finite else phi(most.value),
         phi(most.corners),
         phi(most.quasi_newton),
         loss,
@@ -190,7 +191,7 @@ def ball_sharpness(
 
     or, adaptive, with :math:`\|\delta / |w|\,\|_2 \le \rho`, elementwise: then no rescaling of
     layers that leaves the net's function alone changes it. (Kwon et al. add 0.01 to :math:`|w|`,
-    which breaks that.)
+    which breaks that.) It is infinite where a loss in the ball is infinite or NaN.
 
     Args:
         surface: the loss.

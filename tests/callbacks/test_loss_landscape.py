@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 from pathlib import Path
@@ -248,6 +249,8 @@ def test_a_coarse_picture_is_reported_early_where_the_whole_takes_long(tmp_path,
     train(module, loader, plane, logger=logger)
     events = EventAccumulator(logger.log_dir).Reload().Tensors("optkit-landscape/losses")
     coarse, whole = (make_ndarray(event.tensor_proto) for event in events)
+    spent = EventAccumulator(logger.log_dir).Reload().Scalars("optkit-landscape/num_losses")
+    assert [event.value for event in spent] == [51, 81]
     assert events[0].step == events[1].step
     assert torch.equal(torch.tensor(whole), plane.report.picture.losses.float())
     nearest = [0, 2, 2, 4, 4, 6, 6, 8, 8]  # the grid of every second point is known by then
@@ -256,7 +259,7 @@ def test_a_coarse_picture_is_reported_early_where_the_whole_takes_long(tmp_path,
     assert list(Path("optkit_logs").glob("*")) == before  # in the logger's folder alone
 
 
-def test_between_two_checkpoints_and_on_the_plane_through_them(tmp_path):
+def test_between_two_checkpoints_and_on_the_plane_through_them(tmp_path, monkeypatch):
     module, loader = MODULES["classifier"]()
     data, paths, stored = list(loader), [], []
     for epoch in range(2):
@@ -269,6 +272,10 @@ def test_between_two_checkpoints_and_on_the_plane_through_them(tmp_path):
     }  # fmt: skip
     line = Measures("line", paths, resolution=3, name="line", **options)
     plane = Measures("plane", paths, resolution=5, **options)
+    planes, find = [], plane._frame.plane
+    monkeypatch.setattr(
+        plane._frame, "plane", lambda *args: planes.append(find(*args)) or planes[0]
+    )
     logger = CSVLogger(tmp_path)
     train(module, loader, line, plane, max_epochs=1, logger=logger)
     here = {k: v.clone() for k, v in module.state_dict().items()}
@@ -286,8 +293,9 @@ def test_between_two_checkpoints_and_on_the_plane_through_them(tmp_path):
     names = [name for name, _ in module.named_parameters()]
     names += [n for n, b in module.named_buffers() if b.is_floating_point() and n in here]
     middle = torch.cat([here[name].flatten() for name in names])
+    (drawn,) = planes
     for weights, place in zip([*stored, here], found.path, strict=True):
-        there = middle + place.float() @ found.directions.float()
+        there = middle + place.float() @ drawn.directions  # running statistics go along
         truth = torch.cat([weights[name].flatten() for name in names])
         torch.testing.assert_close(there, truth, rtol=1e-4, atol=1e-5)
     assert plane.report.path_steps == ()
@@ -311,6 +319,120 @@ def test_checkpoints_that_make_no_picture_are_refused(kind, directions, error, m
 
 def cross_entropy_of(module, batch):
     return torch.nn.functional.cross_entropy(module(batch[0]), batch[1])
+
+
+class Masked(pl.LightningModule):
+    """With a frozen layer, an infinite mask, a counter and BatchNorm, none of them trained."""
+
+    def __init__(self, scale: float = 1.0):
+        super().__init__()
+        self.frozen = torch.nn.Linear(36, 4).requires_grad_(False)
+        self.norm, self.head = torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 4)
+        self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+        self.register_buffer("count", torch.tensor(1e6 * scale))
+        self.frozen.weight.mul_(scale)
+
+    def training_step(self, batch):
+        hidden = self.norm(self.frozen(batch[0].flatten(1)))
+        weights = self.mask.softmax(1)
+        return cross_entropy_with(self.head(hidden @ weights), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+def cross_entropy_with(logits, labels):
+    return torch.nn.functional.cross_entropy(logits, labels)
+
+
+def test_frozen_weights_and_buffers_go_along_to_checkpoints(tmp_path):
+    loader = MODULES["classifier"]()[1]
+    data, paths, losses = list(loader), [], []
+    for i, scale in enumerate((1.0, 3.0)):
+        module = Masked(scale)
+        trainer = train(module, loader, max_epochs=1)
+        paths.append(tmp_path / f"{i}.ckpt")
+        trainer.save_checkpoint(paths[-1])
+        module.eval()
+        with torch.no_grad():
+            losses.append(float(torch.stack([module.training_step(b) for b in data]).mean()))
+    shared = {"num_batches": None, "data": data, "max_overhead": None, "resolution": 3}
+    line, plane = Measures("line", paths, name="line", **shared), Measures("plane", paths, **shared)
+    train(Masked(0.5), loader, line, plane, max_epochs=1)
+    assert line.report.picture.losses[[0, -1]].tolist() == pytest.approx(losses, rel=1e-5)
+    assert float(plane.report.trajectory.path.abs().max()) < 100  # the counter has no say in it
+
+
+def test_statistics_are_estimated_of_half_precision_modules():
+    module, loader = MODULES["classifier"]()
+    options = {"loss_fn": cross_entropy_of, "norm_statistics": "estimated"}
+    found = logged(train(module, loader, small("line", **options), precision="bf16-true"))
+    assert math.isfinite(found["highest"])
+
+
+def test_a_path_that_begins_late_says_so_and_other_parameters_are_refused(tmp_path):
+    module, loader = autoencoder()
+    train(module, loader, max_epochs=2, enable_checkpointing=False).save_checkpoint(
+        tmp_path / "a.ckpt"
+    )
+    plane = keep("plane", "trajectory", resolution=3)
+    trainer = train_from(tmp_path / "a.ckpt", autoencoder(), plane)
+    assert plane.report.path_steps[:3] == (4, 5, 6)  # two epochs of two steps lie behind it
+    trainer.save_checkpoint(tmp_path / "b.ckpt")
+    other = keep("plane", "trajectory", resolution=3, parameters=["*weight"])
+    with pytest.raises(MisconfigurationException, match="`parameters` must be those of the run"):
+        train_from(tmp_path / "b.ckpt", autoencoder(), other, max_epochs=6)
+
+
+def train_from(path, pair, *callbacks, max_epochs=4):
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=max_epochs, callbacks=list(callbacks), logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(*pair, ckpt_path=path)
+    return trainer
+
+
+def test_a_plane_that_is_interrupted_between_points_leaves_the_module_alone_for_good():
+    class Interrupts(LossLandscape):
+        def measure(self, trainer, pl_module, probe):
+            def progress(*args):
+                raise RuntimeError("the bar broke")
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.Tensor, "sum", progress)
+                super().measure(trainer, pl_module, probe)
+
+    module, loader = autoencoder()
+    kept = []  # as a notebook does, which keeps the last traceback
+
+    class Keeping(Interrupts):
+        def measure(self, *args):
+            try:
+                return super().measure(*args)
+            except RuntimeError as error:
+                kept.append(error)
+                raise
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(module, loader, Keeping(max_overhead=None, num_batches=2, resolution=3))
+    module.marker = 1
+    weight = module.net[0].weight
+    weight.data.add_(1.0)
+    before = weight.detach().clone()
+    kept.clear()
+    gc.collect()
+    assert module.marker == 1
+    assert torch.equal(module.net[0].weight, before)
+
+
+def test_directions_that_are_all_zero_are_refused_before_the_first_step():
+    with pytest.raises(MisconfigurationException, match="nothing would move"):
+        train(*autoencoder(), small("line", parameters=["*bias"]))
+    biases = small("line", parameters=["*bias"], normalization="none")
+    found = logged(train(*autoencoder(), biases))
+    assert found["lowest"] < found["highest"]
 
 
 def test_eigenvectors_and_the_rim_of_the_basin():

@@ -233,3 +233,12 @@ def test_silence_is_told_from_health():
 def test_data_of_a_newer_version_is_told():
     problem = Problem("optkit-hessian/quadrature", None, "made by a newer lightning-optkit")
     assert "newer_format" in [alert.rule for alert in alerts(run_of(problems=[problem]))]
+
+
+@pytest.mark.parametrize(("num_losses", "is_unfinished"), [(27, True), (81, False), (300, False)])
+def test_a_landscape_that_was_not_finished_is_told(num_losses, is_unfinished):
+    losses = ArraySeries.of([(0, 0.0, np.zeros((9, 9), np.float32))])
+    run = run_of({"optkit-landscape/losses": losses}, landscape__num_losses=[num_losses])
+    found = [a for a in alerts(run) if a.rule == "gaps_in_the_landscape"]
+    assert [a.title for a in found] == ["The last landscape was not finished"] * is_unfinished
+    assert not found or "27 of its 81 points" in found[0].evidence

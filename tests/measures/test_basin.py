@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from lightning_optkit.measures import CurvatureError
 from lightning_optkit.measures.basin import basin_radius
 from lightning_optkit.measures.directions import random_directions
 from lightning_optkit.measures.loss_surface import LossSurface
@@ -48,6 +49,12 @@ def test_a_loss_that_is_not_finite_lies_beyond_the_rim_and_a_flat_one_has_none()
     assert found.radii.tolist() == pytest.approx([0.37] * 3, rel=3e-4)
     flat = basin_radius(LossSurface(lambda p: 0 * p["w"].sum(), ORIGIN), num_directions=2)
     assert flat.radii.tolist() == [math.inf, math.inf]
+
+
+def test_a_basin_around_no_number_is_refused():
+    surface = LossSurface(lambda p: p["w"].sum() + math.nan, {"w": torch.zeros(2)})
+    with pytest.raises(CurvatureError, match="must be finite, got nan"):
+        basin_radius(surface)
 
 
 def test_all_losses_are_counted():

@@ -6,7 +6,14 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from lightning_optkit.measures import HessianOperator, LossSurface, ModuleLoss, loss_line
+from lightning_optkit.measures import (
+    HessianOperator,
+    LossSurface,
+    ModuleLoss,
+    loss_line,
+    loss_plane,
+)
+from lightning_optkit.measures.landscape import plane_passes
 from lightning_optkit.measures.module_loss import tensors_replaced
 
 
@@ -104,3 +111,40 @@ def test_a_held_module_is_prepared_once_for_all_batches():
     there = {name: p + 0.1 for name, p in moved.items()}
     truth = [(1 * of(batches[0])(p) + 3 * of(batches[1])(p)) / 4 for p in (moved, there)]
     torch.testing.assert_close(found, torch.stack(truth).detach(), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda net, x: (setattr(net.first.weight, "data", net.first.weight.data * 1.0), net(x))[1],
+        lambda net, x: net(x) + sum(p.sum() for p in net.parameters() if p.requires_grad),
+        lambda net, x: torch.autograd.grad(
+            net(x).square().sum(), net.first.weight, create_graph=True
+        )[0],
+    ],
+    ids=["gives its weights new data", "asks which are trained", "differentiates"],
+)  # fmt: skip
+def test_losses_along_a_line_are_those_of_single_calls(loss):
+    net, _, moved, _ = problem(Tied)
+    net.again.bias.requires_grad_(False)
+    x = torch.randn(8, 4).double()
+    batches = [ModuleLoss(net, lambda net, s=s: loss(net, s * x).square().mean()) for s in (1, 2)]
+    surface = LossSurface(batches, {n: p for n, p in moved.items() if n != "again.bias"})
+    way = torch.ones(surface.num_parameters, dtype=torch.float64)
+    positions = torch.linspace(-1, 1, 5)
+    truth = torch.stack([surface.loss(t * way) for t in positions])
+    torch.testing.assert_close(loss_line(surface, way, positions).losses, truth, rtol=1e-12, atol=0)
+    assert len(set(truth.tolist())) == 5
+
+
+def test_directions_of_another_shape_and_planes_of_another_grid_are_refused():
+    _, loss, moved, _ = problem(Tied)
+    surface = LossSurface(loss, moved)
+    with pytest.raises(ValueError, match=r"`direction` must have the shape \(32,\)"):
+        loss_line(surface, torch.ones(1), torch.ones(2))
+    way = torch.ones(2, surface.num_parameters, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"`directions` must have the shape \(2, 32\)"):
+        loss_plane(surface, way[:1])
+    known = loss_plane(surface, way, resolution=3)
+    with pytest.raises(ValueError, match="`known` must be a plane of the same `resolution`"):
+        next(plane_passes(surface, way, resolution=3, span=5.0, known=known))

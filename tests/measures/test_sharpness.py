@@ -118,18 +118,28 @@ def test_unscaled_quasi_newton_of_scipy_understates_a_flat_minimum():
     assert 100 * rise / (1 + found.loss) < found.value / 20
 
 
-def test_epsilon_of_a_loss_that_is_infinite_at_some_corners_takes_the_rest():
+def test_where_the_loss_is_not_finite_the_maximum_is_infinite_and_its_parts_are_finite():
     def loss(p):
         w = p["w"]
         return w.square().sum() / 2 + torch.where(w[0] > 5e-4, torch.inf, 0.0)
 
     surface = LossSurface(loss, {"w": torch.zeros(3, dtype=torch.float64)})
-    values = [
-        epsilon_sharpness(surface, generator=torch.Generator().manual_seed(seed)).value
+    found = [
+        epsilon_sharpness(surface, generator=torch.Generator().manual_seed(seed))
         for seed in range(6)
     ]
-    assert np.isfinite(values).all()
-    assert max(values) == pytest.approx(50e-6 * 3, rel=1e-6)
+    values = [each.value for each in found]
+    assert np.isinf(values).any()  # a draw of signs may keep away from there
+    parts = [(each.corners, each.quasi_newton) for each in found]
+    assert np.isfinite(parts).all()
+    assert np.max(parts) == pytest.approx(50e-6 * 3, rel=1e-6)
+
+    def barrier(p):  # NaN beyond a distance of 0.01
+        return -torch.log(1 - 1e4 * p["w"].square().sum())
+
+    surface = LossSurface(barrier, {"w": torch.zeros(3, dtype=torch.float64)})
+    assert ball_sharpness(surface, rho=0.05).value == np.inf
+    assert np.isfinite(ball_sharpness(surface, rho=0.005).value)
 
 
 # -- ball --------------------------------------------------------------------------------------
