@@ -11,9 +11,12 @@ computed from the ratios.
 
 With BatchNorm the size of a layer's weights has no part in what the net computes: absolute kinds
 then measure that size too, adaptive ones do not, and the two can order minima differently: look at
-both. `--epochs 40` trains for equally many epochs in place of to an equal loss. To stop by the loss
-that training itself sees would not do: with BatchNorm it is that of noisy statistics, and a small
-batch would have to fit ten times better than a large one before it is as low.
+both. The last lines scale the large batch's layers to the lengths of the small one's, which leaves
+the function alone, and tell the ratios then.
+
+`--epochs 40` trains for equally many epochs in place of to an equal loss. To stop by the loss that
+training itself sees would not do: with BatchNorm it is that of noisy statistics, and a small batch
+would have to fit ten times better than a large one before it is as low.
 
 `--data` takes MNIST in place of scikit-learn's digits, as arrays `train_x`, `train_y`, `test_x` and
 `test_y` in a file for `numpy.load`; 6,000 training images are used, drawn at random: such files
@@ -21,6 +24,7 @@ may be sorted by label.
 """
 
 import argparse
+import copy
 import logging
 import warnings
 from pathlib import Path
@@ -37,6 +41,14 @@ from torch.nn.functional import avg_pool2d, cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_optkit import Sharpness
+from lightning_optkit.measures import (
+    HessianOperator,
+    ModuleLoss,
+    average_sharpness,
+    ball_sharpness,
+    epsilon_sharpness,
+    top_eigenpairs,
+)
 
 SMALL = 16
 ABSOLUTE = ("epsilon", "ball", "average", "lambda_max")
@@ -93,8 +105,8 @@ def load(path: Path | None) -> tuple[TensorDataset, TensorDataset]:
 def measured(
     train: TensorDataset, test: TensorDataset, *, batch_size: int, batch_norm: bool, target: float,
     epochs: int | None, seed: int,
-) -> dict[str, float]:  # fmt: skip
-    """Train a net and return its losses and its sharpness by kind."""
+) -> tuple[Classifier, dict[str, float]]:  # fmt: skip
+    """Train a net and return it, with its losses and its sharpness by kind."""
     torch.manual_seed(seed)
     net = Classifier(train.tensors[0].shape[1], batch_norm=batch_norm)
     shuffling = torch.Generator().manual_seed(seed)
@@ -123,7 +135,57 @@ def measured(
         x, y = test.tensors
         logged["test error"] = 100 * float((net(x).argmax(1) != y).double().mean())
     logged["training loss"] = logged["loss"]
-    return logged
+    return net, logged
+
+
+def scaled_to(net: Classifier, lengths_of: Classifier) -> Classifier:
+    """Return a net of the same function whose layers before BatchNorm are as long as another's."""
+    scaled = copy.deepcopy(net)
+    layers = zip(scaled.net, list(scaled.net)[1:], lengths_of.net, strict=False)
+    with torch.no_grad():
+        for layer, norm, other in layers:
+            if isinstance(norm, nn.BatchNorm1d):
+                factor = other.weight.norm() / layer.weight.norm()
+                for tensor in (layer.weight, layer.bias, norm.running_mean):
+                    tensor.mul_(factor)
+                norm.running_var.mul_(factor**2)
+    return scaled
+
+
+def sharpness_of(net: Classifier, train: TensorDataset) -> dict[str, float]:
+    """Return the loss and the sharpness by kind of a net that is trained."""
+    net.eval()
+    x, y = (tensor.split(600) for tensor in train.tensors)
+    losses = [
+        ModuleLoss(net, lambda net, x=x, y=y: cross_entropy(net(x), y))
+        for x, y in zip(x, y, strict=True)
+    ]
+    sizes = [len(each) for each in y]
+    operator = HessianOperator(losses, dict(net.named_parameters()), weights=sizes)
+    return {
+        "loss": float(operator.value()),
+        "epsilon": epsilon_sharpness(operator, epsilon=1e-3).value,
+        "ball": ball_sharpness(operator, rho=0.05).value,
+        "average": average_sharpness(operator, rho=0.05).value,
+        "lambda_max": float(top_eigenpairs(operator, 1, which="largest", rtol=1e-3).values[0]),
+        "adaptive": ball_sharpness(operator, rho=0.5, adaptive=True).value,
+        "adaptive_average": average_sharpness(operator, rho=0.05, adaptive=True).value,
+    }
+
+
+def at_equal_lengths(nets: list[list[Classifier]], train: TensorDataset) -> str:
+    """Return the ratios once weights before BatchNorm are as long for both batches."""
+    small = [sharpness_of(net, train) for net in nets[0]]
+    scaled = [scaled_to(*pair) for pair in zip(nets[1], nets[0], strict=True)]
+    big = [sharpness_of(net, train) for net in scaled]
+    before = [sharpness_of(net, train)["loss"] for net in nets[1]]
+    moved = max(abs(b["loss"] - loss) for b, loss in zip(big, before, strict=True))
+    ratios = (f"{kind.replace('_', ' ')} {ratio_of(small, big, kind)[0]:.2f}" for kind in KINDS)
+    return (
+        "The lengths of weights before BatchNorm are no part of the function. With the large "
+        f"batch's scaled to the\nsmall one's, which moves no loss by more than {moved:.0e}, the "
+        f"ratios are {', '.join(ratios)}."
+    )
 
 
 def table(found: dict[tuple[bool, bool], list[dict[str, float]]], large: int) -> str:
@@ -214,28 +276,31 @@ def main() -> None:
 
     train, test = load(options.data)
     large = len(train) // 10
-    found = {
-        (batch_norm, is_large): [
-            measured(
-                train,
-                test,
-                batch_size=large if is_large else SMALL,
-                batch_norm=batch_norm,
-                target=options.target,
-                epochs=options.epochs,
-                seed=seed,
-            )
-            for seed in range(options.seeds)
-        ]
-        for batch_norm in (False, True)
-        for is_large in (False, True)
-    }
+    found: dict[tuple[bool, bool], list[dict[str, float]]] = {}
+    nets: dict[tuple[bool, bool], list[Classifier]] = {}
+    for batch_norm in (False, True):
+        for is_large in (False, True):
+            runs = [
+                measured(
+                    train,
+                    test,
+                    batch_size=large if is_large else SMALL,
+                    batch_norm=batch_norm,
+                    target=options.target,
+                    epochs=options.epochs,
+                    seed=seed,
+                )
+                for seed in range(options.seeds)
+            ]
+            nets[batch_norm, is_large] = [net for net, _ in runs]
+            found[batch_norm, is_large] = [logged for _, logged in runs]
     extent = f"for {options.epochs} epochs" if options.epochs else f"to {options.target}"
     title = (
         f"{len(train):,} images, batches of {SMALL} and {large}, trained {extent}; "
         f"mean of {options.seeds} seeds"
     )
-    print(f"{title}.\n\n{table(found, large)}\n\n{verdicts(found)}")
+    print(f"{title}.\n\n{table(found, large)}\n\n{verdicts(found)}\n")
+    print(at_equal_lengths([nets[True, False], nets[True, True]], train))
     options.out.mkdir(parents=True, exist_ok=True)
     picture(found, title).savefig(options.out / "sharp_minima.png", dpi=150)
     print(f"\nPicture: {options.out / 'sharp_minima.png'}")
