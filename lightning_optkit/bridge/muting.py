@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
-__all__ = ["CapturedLosses", "InertOptimizer", "LossFoundError", "ProbeError", "mute"]
+__all__ = [
+    "CapturedLosses",
+    "InertOptimizer",
+    "LossFoundError",
+    "ProbeError",
+    "mute",
+    "trainer_muted",
+]
 
 
 class ProbeError(RuntimeError):
@@ -116,3 +124,19 @@ def _inert(method: Callable[..., Any], stub: type[InertOptimizer]) -> Callable[.
         return None if found is None else stub(found)
 
     return inert
+
+
+@contextmanager
+def trainer_muted(trainer: pl.Trainer) -> Iterator[None]:
+    """Give the Trainer loggers that write nothing and optimizers that do nothing."""
+    strategy = trainer.strategy
+    loggers, should_stop = trainer.loggers, trainer.should_stop
+    optimizers, wrapped = strategy._optimizers, strategy._lightning_optimizers
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    strategy._optimizers = [cast(Any, InertOptimizer(each)) for each in optimizers]
+    strategy._lightning_optimizers = [cast(Any, InertOptimizer(each)) for each in wrapped]
+    try:
+        yield
+    finally:
+        strategy._optimizers, strategy._lightning_optimizers = optimizers, wrapped
+        trainer.loggers, trainer.should_stop = loggers, should_stop

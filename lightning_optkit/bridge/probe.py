@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cached_property, partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lightning_optkit.bridge.batch_copy import copied
 from lightning_optkit.bridge.muting import (
     CapturedLosses,
-    InertOptimizer,
     LossFoundError,
     ProbeError,
     mute,
+    trainer_muted,
 )
 from lightning_optkit.bridge.sharding import (
     at_rest,
@@ -125,7 +123,7 @@ class Probe:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(_eager())
             stack.enter_context(_default_dtype(_measuring_dtype(self._module)))
-            stack.enter_context(_trainer_muted(self._trainer))
+            stack.enter_context(trainer_muted(self._trainer))
             stack.enter_context(at_rest(self._module))
             schedulers = [config.scheduler for config in self._trainer.lr_scheduler_configs]
             self._roots = (
@@ -292,7 +290,7 @@ class Probe:
 
     def _step_on(self, batch: Any, batch_idx: int) -> Any:
         seed_global_generators(self._seed + batch_idx)
-        own_batch = apply_to_collection(_copied(batch), Tensor, in_full_precision)
+        own_batch = apply_to_collection(copied(batch), Tensor, in_full_precision)
         try:
             if self._loss_fn is not None:
                 return self._loss_fn(self._module, own_batch)
@@ -429,25 +427,6 @@ def seed_global_generators(seed: int) -> None:
     random.seed(seed)
 
 
-def _copied(batch: Any) -> Any:
-    """Return a copy that a step may change in place: of any object, else of all tensors in it."""
-    leaves, structure = tree_flatten(batch)
-    if _are_plain_tensors(leaves):  # in a tenth of the time
-        return tree_unflatten([leaf.clone() for leaf in leaves], structure)
-    try:
-        return copy.deepcopy(batch)
-    except Exception:  # a file, a lock, a tensor with a graph
-        return apply_to_collection(batch, Tensor, torch.clone)
-
-
-def _are_plain_tensors(leaves: list[Any]) -> bool:
-    """Return whether all are tensors without a history that share no memory."""
-    if not all(type(t) is Tensor and t.layout == torch.strided for t in leaves):
-        return False
-    memories = {t.untyped_storage().data_ptr() for t in leaves}
-    return len(memories) == len(leaves) and not any(t.requires_grad for t in leaves)
-
-
 def in_full_precision(tensor: Tensor) -> Tensor:
     """Return a half-precision tensor in float32; any other as it is."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
@@ -482,19 +461,3 @@ def _eager() -> Any:
     """Return a context in which compiled modules run uncompiled: theirs is one derivative only."""
     set_stance = getattr(torch.compiler, "set_stance", None)  # torch >= 2.6
     return set_stance("force_eager") if set_stance is not None else nullcontext()
-
-
-@contextmanager
-def _trainer_muted(trainer: pl.Trainer) -> Iterator[None]:
-    """Give the Trainer loggers that write nothing and optimizers that do nothing."""
-    strategy = trainer.strategy
-    loggers, should_stop = trainer.loggers, trainer.should_stop
-    optimizers, wrapped = strategy._optimizers, strategy._lightning_optimizers
-    trainer.loggers = [DummyLogger() for _ in loggers]
-    strategy._optimizers = [cast(Any, InertOptimizer(each)) for each in optimizers]
-    strategy._lightning_optimizers = [cast(Any, InertOptimizer(each)) for each in wrapped]
-    try:
-        yield
-    finally:
-        strategy._optimizers, strategy._lightning_optimizers = optimizers, wrapped
-        trainer.loggers, trainer.should_stop = loggers, should_stop
