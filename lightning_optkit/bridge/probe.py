@@ -419,7 +419,8 @@ def _require_graph(loss: Tensor) -> None:
 
 def seed_global_generators(seed: int) -> None:
     """Seed torch, NumPy and Python; only within an open probe, which isolates them."""
-    if torch.cuda.is_available() or torch.backends.mps.is_available():
+    devices = (torch.cuda, torch.xpu, torch.backends.mps)
+    if any(device.is_available() for device in devices):
         torch.manual_seed(seed)
     else:  # without a note, with its traceback, for each kind of device that is not there
         torch.default_generator.manual_seed(seed)

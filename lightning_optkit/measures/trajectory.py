@@ -39,8 +39,10 @@ class Trajectory:
         """The weights there, shape ``(n,)`` each."""
 
     def is_due(self, step: int) -> bool:
-        """Return whether to take the weights at a step, counted from 0."""
-        return step % self._every == 0 and (not self.steps or step > self.steps[-1])
+        """Return whether to take the weights at a step; the first that is asked for is."""
+        if not self.steps:
+            return True
+        return step > self.steps[-1] and (step - self.steps[0]) % self._every == 0
 
     def take(self, step: int, weights: Tensor) -> None:
         """Keep these weights, which must be a copy."""
@@ -53,7 +55,8 @@ class Trajectory:
 
     def _thin(self) -> None:
         self._every *= 2
-        kept = [i for i, step in enumerate(self.steps) if step % self._every == 0]
+        first = self.steps[0]
+        kept = [i for i, step in enumerate(self.steps) if (step - first) % self._every == 0]
         self.steps = [self.steps[i] for i in kept]
         self.points = [self.points[i] for i in kept]
 
