@@ -100,9 +100,7 @@ class LandscapeFrame:
                 f"`normalization` must be 'filter', 'layer' or 'none', got {normalization!r}."
             )
         self.kind = kind
-        self.directions = directions if isinstance(directions, str) else "checkpoints"
-        if self.checkpoints:
-            self.directions = "checkpoints"
+        self.directions = "checkpoints" if self.checkpoints else str(directions)
         self.resolution = resolution
         self._span = float(span)
         self._normalization = normalization
@@ -167,8 +165,8 @@ class LandscapeFrame:
             ValueError: if a checkpoint is of another module.
             MisconfigurationException: if all random directions would be zero.
         """
-        own = dict(pl_module.named_parameters()) | _others(pl_module)
-        like = {name: own[name] for name in (*names, *_others(pl_module))}
+        own = dict(pl_module.named_parameters())
+        like = {name: own[name] for name in names} | _others(pl_module)
         for path in self.checkpoints:
             stored_weights(path, like)
         is_normalized = self.directions == "random" and self._normalization != "none"

@@ -343,7 +343,8 @@ class LossLandscape(Observer[LandscapeReport]):
         if isinstance(result.picture, LossLine):
             names = [Path(path).name for path in self._frame.checkpoints] or [""]
             if self._frame.directions == "init":
-                names = ["before training"]
+                first = result.path_steps[0]
+                names = [f"step {first}" if first else "before training"]
             labels = (names[0], names[1]) if len(names) > 1 else ("here", names[0])
             return {tags.LANDSCAPE_FIGURE: line_figure(result.picture, labels=labels)}
         path, axes = None, ("first direction", "second direction")
